@@ -1,0 +1,1 @@
+"""What is spread: the architecture, its decoder in PyTorch, and its weights."""
