@@ -1,0 +1,220 @@
+"""`Mesh`: which ranks a rank talks to along each axis, and the collectives over them.
+
+Every message of a run goes through an `Axis`, so that bytes are counted in one place and a failed
+collective names its rank, operation and axis.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triaxial.plan.layout import Layout
+
+# Gloo runs one ring per call; for two ranks a plain exchange saves a round trip, and torch adds halves
+# faster than Gloo's own bf16 loop. Above this size in fp32 the ring's halved messages win.
+EXCHANGE_LIMIT_BYTES = 256 * 1024
+
+
+class CommunicationError(RuntimeError):
+    """A collective or message did not complete; the text names rank, operation and axis."""
+
+
+class Pending:
+    """A collective in flight: `wait()` ends it and returns its result."""
+
+    def __init__(self, axis: Axis, operation: str, works: list[dist.Work], finish: Callable[[], Tensor]) -> None:
+        self._axis, self._operation, self._works, self._finish = axis, operation, works, finish
+
+    def wait(self) -> Tensor:
+        with self._axis.naming(self._operation):
+            for work in self._works:
+                work.wait()
+        return self._finish()
+
+
+@dataclass
+class Axis:
+    """One rank's peers along one axis; `ranks` are global, `index` is this rank's place among them."""
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup | None = None
+    traffic: Counter[str] = field(default_factory=Counter)
+    """Bytes this rank put into each kind of collective, as the planner counts them."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @contextmanager
+    def naming(self, operation: str) -> Iterator[None]:
+        """Turn a backend's error into one that says which rank waited for what."""
+        try:
+            yield
+        except RuntimeError as error:
+            me = self.ranks[self.index]
+            raise CommunicationError(
+                f"rank {me}: {operation} over {self.name} (ranks {list(self.ranks)}) failed: {error}"
+            ) from error
+
+    def _count(self, operation: str, x: Tensor) -> None:
+        self.traffic[operation] += x.numel() * x.element_size()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over the axis, in place."""
+        return self.all_reduce_async(x).wait()
+
+    def all_reduce_async(self, x: Tensor) -> Pending:
+        if self.size == 1:
+            return Pending(self, "all_reduce", [], lambda: x)
+        self._count("all_reduce", x)
+        with self.naming("all_reduce"):
+            if self._exchange_is_faster(x):
+                other, works = self._swap(x)
+                return Pending(self, "all_reduce", works, lambda: x.add_(other))
+            work = dist.all_reduce(x, group=self.group, async_op=True)
+        return Pending(self, "all_reduce", [work], lambda: x)
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """Largest value of each element over the axis, in place."""
+        if self.size > 1:
+            self._count("all_reduce", x)
+            with self.naming("all_reduce"):
+                dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate every rank's `x` along dimension 0: [n, ...] -> [size * n, ...]."""
+        return self.all_gather_async(x).wait()
+
+    def all_gather_async(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        """Start an all-gather into `out` (which may hold `x` as its own part already)."""
+        if self.size == 1 and out is None:
+            return Pending(self, "all_gather", [], lambda: x)
+        if out is None:
+            out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        if self.size == 1:
+            return Pending(self, "all_gather", [], lambda: out.copy_(x))
+        self._count("all_gather", out)
+        with self.naming("all_gather"):
+            work = dist.all_gather_into_tensor(out, x.contiguous(), group=self.group, async_op=True)
+        return Pending(self, "all_gather", [work], lambda: out)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum `x` over the axis and keep this rank's part of dimension 0: [size * n, ...] -> [n, ...]."""
+        return self.reduce_scatter_async(x).wait()
+
+    def reduce_scatter_async(self, x: Tensor) -> Pending:
+        if self.size == 1:
+            return Pending(self, "reduce_scatter", [], lambda: x)
+        self._count("reduce_scatter", x)
+        n = x.shape[0] // self.size
+        with self.naming("reduce_scatter"):
+            if x.is_cuda:
+                part = x.new_empty((n, *x.shape[1:]))
+                work = dist.reduce_scatter_tensor(part, x.contiguous(), group=self.group, async_op=True)
+                return Pending(self, "reduce_scatter", [work], lambda: part)
+            # Gloo's reduce-scatter moves whole buffers; an all-to-all moves only what is needed.
+            parts = torch.empty_like(x, memory_format=torch.contiguous_format)
+            work = dist.all_to_all_single(parts, x.contiguous(), group=self.group, async_op=True)
+        return Pending(self, "reduce_scatter", [work], lambda: parts.view(self.size, n, *x.shape[1:]).sum(0))
+
+    def _exchange_is_faster(self, x: Tensor) -> bool:
+        if self.size != 2 or x.is_cuda:
+            return False
+        return x.dtype in (torch.bfloat16, torch.float16) or x.numel() * x.element_size() <= EXCHANGE_LIMIT_BYTES
+
+    def _swap(self, x: Tensor) -> tuple[Tensor, list[dist.Work]]:
+        peer = self.ranks[1 - self.index]
+        other = torch.empty_like(x)
+        receive, send = dist.irecv(other, peer, group=self.group), dist.isend(x, peer, group=self.group)
+        assert receive is not None
+        assert send is not None
+        return other, [receive, send]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the layout and its peers along every axis."""
+
+    layout: Layout
+    rank: int
+    tp: Axis
+    pp: Axis
+    dp: Axis
+    shard: Axis
+    """Data-parallel ranks that ZeRO shards over."""
+    replicate: Axis
+    """Data-parallel ranks that hold the same shard."""
+    kv: Axis
+    """Tensor-parallel ranks that hold the same kv head."""
+    ends: Axis
+    """First and last pipeline rank: they share a tied embedding."""
+    world: Axis
+    device: torch.device
+
+
+def coordinates(layout: Layout, rank: int) -> dict[str, int]:
+    """Place of a rank along each axis; the first axis of `layout.order` varies fastest."""
+    place = {}
+    for axis in layout.order.split("-"):
+        size = getattr(layout, axis)
+        place[axis] = rank % size
+        rank //= size
+    return place
+
+
+def rank_at(layout: Layout, place: dict[str, int]) -> int:
+    """The inverse of `coordinates`."""
+    rank, stride = 0, 1
+    for axis in layout.order.split("-"):
+        rank += place[axis] * stride
+        stride *= getattr(layout, axis)
+    return rank
+
+
+def build_mesh(layout: Layout, rank: int, num_kv_heads: int, device: torch.device) -> Mesh:
+    """Open this rank's groups. Every rank of the world must call it; the process group must exist."""
+    here = coordinates(layout, rank)
+    shard = layout.shard_size
+    copies = max(1, layout.tp // num_kv_heads)
+    first_shard, first_copy = here["dp"] // shard * shard, here["tp"] // copies * copies
+    members = {
+        "tp": [{"tp": i} for i in range(layout.tp)],
+        "dp": [{"dp": i} for i in range(layout.dp)],
+        "shard": [{"dp": first_shard + i} for i in range(shard)],
+        "replicate": [{"dp": i} for i in range(here["dp"] % shard, layout.dp, shard)],
+        "kv": [{"tp": first_copy + i} for i in range(copies)],
+        "ends": [{"pp": i} for i in sorted({0, layout.pp - 1})],
+        "pp": [{"pp": i} for i in range(layout.pp)],
+    }
+    axes = {
+        name: _open_axis(name, [rank_at(layout, here | m) for m in places], rank) for name, places in members.items()
+    }
+    world = Axis("world", tuple(range(layout.world_size)), rank, dist.group.WORLD if layout.world_size > 1 else None)
+    return Mesh(layout=layout, rank=rank, world=world, device=device, **axes)
+
+
+def _open_axis(name: str, ranks: list[int], rank: int) -> Axis:
+    group = open_group(ranks, rank) if len(ranks) > 1 else None
+    if rank not in ranks:  # a pipeline rank between the two ends
+        return Axis(name, (rank,), 0)
+    return Axis(name, tuple(ranks), ranks.index(rank), group)
+
+
+def open_group(ranks: Sequence[int], rank: int) -> dist.ProcessGroup:
+    """A process group of `ranks`, opened by its members alone.
+
+    torch finds the members' common name from the ranks and from how many groups each has opened before, so a rank
+    that is not among them opens one of its own to keep count.
+    """
+    group: dist.ProcessGroup = dist.new_group(list(ranks) if rank in ranks else [rank], use_local_synchronization=True)
+    return group

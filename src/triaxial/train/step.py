@@ -1,0 +1,91 @@
+"""One training step: micro-batches in, updated parameters and the step's numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from triaxial.parallel.data import gradient_norm_squared
+from triaxial.parallel.mesh import Mesh
+from triaxial.parallel.program import Program
+from triaxial.parallel.stage import MicroBatch
+from triaxial.parallel.tensor import IGNORE
+from triaxial.plan.timeline import Span
+from triaxial.train.optimizer import Optimizer
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The same numbers on every rank, but for `spans`, which are this rank's own."""
+
+    loss: float
+    """Mean cross-entropy over the global batch's valid labels."""
+    grad_norm: float
+    """Before clipping, over all parameters."""
+    bubble_fraction: float
+    """1 - busy time / (last end - first begin over all ranks), mean over ranks."""
+    spans: list[Span]
+
+
+def own_samples(indices: Tokens, mesh: Mesh) -> Tokens:
+    """The part of the global batch's sample indices that this rank's pipeline processes."""
+    per_rank = len(indices) // mesh.dp.size
+    return indices[mesh.dp.index * per_rank : (mesh.dp.index + 1) * per_rank]
+
+
+def make_micro_batches(ids: Tokens, labels: Tokens, mesh: Mesh, loss_dtype: torch.dtype) -> list[MicroBatch]:
+    """Cut this pipeline's samples [n, seq] into micro-batches whose losses add up to the global mean.
+
+    Every loss is divided by the number of valid labels in the whole global batch, so neither uneven masks nor
+    micro-batches nor ranks change what is averaged.
+    """
+    device, mb = mesh.device, mesh.layout.mb
+    valid = torch.tensor(float(np.count_nonzero(labels != IGNORE)), dtype=torch.float64, device=device)
+    total = mesh.dp.all_reduce(valid).clamp(min=1)
+    scale = (1.0 / total).to(loss_dtype)
+    return [
+        MicroBatch(_flat(ids[i : i + mb], device), _flat(labels[i : i + mb], device), scale)
+        for i in range(0, len(ids), mb)
+    ]
+
+
+def _flat(tokens: Tokens, device: torch.device) -> torch.Tensor:
+    """[mb, seq] to [seq * mb], sequence-major."""
+    return torch.from_numpy(np.ascontiguousarray(tokens.T)).flatten().to(device)
+
+
+def training_step(program: Program, optimizer: Optimizer, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+    """Forward, backward, clipping and update."""
+    spans = program.run(micro_batches)
+    result = _summary(program, micro_batches, spans)
+    optimizer.step(lr, result.grad_norm)
+    return result
+
+
+def evaluate(program: Program, micro_batches: Sequence[MicroBatch]) -> float:
+    """Mean loss over the global batch, without gradients."""
+    spans = program.run(micro_batches, train=False)
+    return _summary(program, micro_batches, spans, norm=False).loss
+
+
+def _summary(program: Program, micro_batches: Sequence[MicroBatch], spans: list[Span], norm: bool = True) -> StepResult:
+    """Share what the ranks know separately, in one small message."""
+    mesh = program.mesh
+    loss = program.losses().double() * micro_batches[0].loss_scale.double() if mesh.tp.index == 0 else 0.0
+    squared = gradient_norm_squared(program.units, mesh) if norm else 0.0
+    busy = sum(span.end_s - span.begin_s for span in spans)
+    mine = torch.tensor(
+        [[float(loss), float(squared), busy, spans[0].begin_s, spans[-1].end_s]],
+        dtype=torch.float64,
+        device=mesh.device,
+    )
+    everyone = mesh.world.all_gather(mine).cpu()
+    loss_sum, norm_squared, busy_sum = everyone[:, :3].sum(0).tolist()
+    elapsed = float(everyone[:, 4].max() - everyone[:, 3].min())
+    return StepResult(loss_sum, norm_squared**0.5, 1 - busy_sum / len(everyone) / elapsed, spans)
