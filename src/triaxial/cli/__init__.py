@@ -10,7 +10,12 @@ import click
 from triaxial import BadInput, NoAnswer, __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    # command: (module, one line of help) - the planner's commands must not pay for importing torch
+    # command: (module, one line of help); the planner's commands must not pay for importing torch
+    "train": ("train", "Train a model under any layout."),
+    "plan": ("plan", "Find the best layout for a model, a cluster and a workload, and say why."),
+    "estimate": ("estimate", "Price one layout."),
+    "validate": ("validate", "Hold predictions against published measurements."),
+    "schedule": ("schedule", "Show a pipeline schedule, its bubble and its memory."),
 }
 
 

@@ -5,48 +5,25 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from triaxial import BadInput
+from triaxial.model.config import Family, Frozen, HfConfig, LinearRope, Llama3Rope, PositiveNumber, RopeScaling
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt3"]
-
-_FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "GPT3Shape": "gpt3",
-}
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+__all__ = [
+    "Family",
+    "LinearRope",
+    "Llama3Rope",
+    "ModelSpec",
+    "RopeScaling",
+    "describe",
+    "load_model_spec",
+    "preset_names",
+]
 
 
-class LinearRope(_Frozen):
-    """Position interpolation: angles are divided by `factor` (arXiv 2306.15595)."""
-
-    kind: Literal["linear"] = "linear"
-    factor: PositiveFloat
-
-
-class Llama3Rope(_Frozen):
-    """Llama 3.1's frequency-dependent scaling: low frequencies divided by `factor`, high ones kept."""
-
-    kind: Literal["llama3"] = "llama3"
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat
-    high_freq_factor: PositiveFloat
-    original_max_positions: PositiveInt
-
-
-RopeScaling = Annotated[LinearRope | Llama3Rope, Field(discriminator="kind")]
-
-
-class ModelSpec(_Frozen):
+class ModelSpec(Frozen):
     """A decoder-only transformer. Sizes count elements; `ffn` is the width of the MLP's hidden layer."""
 
     name: str
@@ -59,8 +36,12 @@ class ModelSpec(_Frozen):
     ffn: PositiveInt
     vocab: PositiveInt
     max_positions: PositiveInt
-    norm_eps: PositiveFloat = 1e-5
-    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveNumber = 1e-6
+    layer_norm: bool = False
+    """LayerNorm with a bias in place of RMSNorm."""
+    learned_positions: bool = False
+    """A table of `max_positions` embeddings in place of rotary positions."""
+    rope_theta: PositiveNumber = 10_000.0
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
     qkv_bias: bool = False
@@ -70,15 +51,15 @@ class ModelSpec(_Frozen):
     gated_mlp: bool = True
     sliding_window: PositiveInt | None = None
     """Keys a query sees, itself included; None is full causal attention."""
-    first_windowed_layer: int = 0
-    """Layers before this one attend to everything (Qwen2's `max_window_layers`)."""
-    init_std: PositiveFloat = 0.02
+    first_windowed_layer: NonNegativeInt = 0
+    """Layers before this one attend to everything (Qwen's `max_window_layers`); 0 when nothing is windowed."""
+    init_std: PositiveNumber = 0.02
 
     @model_validator(mode="after")
     def _heads_agree(self) -> ModelSpec:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
         return self
 
@@ -90,14 +71,19 @@ class ModelSpec(_Frozen):
         mlp = (3 if self.gated_mlp else 2) * self.hidden * self.ffn
         biases = self.qkv_bias * (q + 2 * kv) + self.out_bias * self.hidden
         biases += self.mlp_bias * ((2 if self.gated_mlp else 1) * self.ffn + self.hidden)
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        norms = 2 * self._norm_parameters + (2 * self.head_dim if self.qk_norm else 0)
         return attention + mlp + biases + norms
 
     @property
     def parameters(self) -> int:
         """All parameters; a tied output projection is counted once."""
         embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        return embeddings + self.num_layers * self.layer_parameters + self.hidden
+        positions = self.max_positions * self.hidden if self.learned_positions else 0
+        return embeddings + positions + self.num_layers * self.layer_parameters + self._norm_parameters
+
+    @property
+    def _norm_parameters(self) -> int:
+        return (2 if self.layer_norm else 1) * self.hidden
 
     @property
     def matmul_parameters(self) -> int:
@@ -112,85 +98,6 @@ class ModelSpec(_Frozen):
         return 6.0 * self.matmul_parameters + 12.0 * self.num_layers * self.num_heads * self.head_dim * seq_len
 
 
-class _HfConfig(BaseModel):
-    """The fields of a Hugging Face `config.json` that change what is computed; others are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    architectures: list[str] = Field(min_length=1)
-    num_hidden_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    intermediate_size: PositiveInt
-    vocab_size: PositiveInt
-    max_position_embeddings: PositiveInt
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    hidden_act: str = "silu"
-    sliding_window: PositiveInt | None = None
-    use_sliding_window: bool = False
-    max_window_layers: int = 0
-    initializer_range: PositiveFloat = 0.02
-
-    def spec(self, name: str) -> ModelSpec:
-        architecture = self.architectures[0]
-        family = _FAMILY_OF_ARCHITECTURE.get(architecture)
-        if family is None:
-            known = ", ".join(sorted(_FAMILY_OF_ARCHITECTURE))
-            raise BadInput(f"{name}: architecture {architecture!r} is not supported; known: {known}")
-        if family != "gpt3" and self.hidden_act != "silu":
-            raise BadInput(f"{name}: hidden_act {self.hidden_act!r} is not supported, only 'silu'")
-        windowed = family == "mistral" or (family in ("qwen2", "qwen3") and self.use_sliding_window)
-        rope = self.rope_parameters or {}
-        return ModelSpec(
-            name=name,
-            family=family,
-            num_layers=self.num_hidden_layers,
-            hidden=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            ffn=self.intermediate_size,
-            vocab=self.vocab_size,
-            max_positions=self.max_position_embeddings,
-            norm_eps=self.rms_norm_eps,
-            rope_theta=self.rope_theta or rope.get("rope_theta") or 10_000.0,
-            rope_scaling=_rope_scaling(name, self.rope_scaling or rope, self.max_position_embeddings),
-            tied_embeddings=self.tie_word_embeddings,
-            qkv_bias=family == "qwen2" or self.attention_bias,
-            out_bias=family in ("llama", "qwen3", "gpt3") and self.attention_bias,
-            mlp_bias=self.mlp_bias,
-            qk_norm=family == "qwen3",
-            gated_mlp=family != "gpt3",
-            sliding_window=self.sliding_window if windowed else None,
-            first_windowed_layer=self.max_window_layers if family in ("qwen2", "qwen3") else 0,
-            init_std=self.initializer_range,
-        )
-
-
-def _rope_scaling(name: str, raw: dict[str, Any], max_positions: int) -> LinearRope | Llama3Rope | None:
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return LinearRope(factor=raw["factor"])
-    if kind == "llama3":
-        return Llama3Rope(
-            factor=raw["factor"],
-            low_freq_factor=raw["low_freq_factor"],
-            high_freq_factor=raw["high_freq_factor"],
-            original_max_positions=raw.get("original_max_position_embeddings", max_positions),
-        )
-    raise BadInput(f"{name}: rope scaling {kind!r} is not supported; known: default, linear, llama3")
-
-
 def preset_names() -> list[str]:
     """Names of the models that ship with the package."""
     presets = resources.files("triaxial.model") / "presets"
@@ -198,7 +105,7 @@ def preset_names() -> list[str]:
 
 
 def load_model_spec(model: str | Path) -> ModelSpec:
-    """Read a model description.
+    """Read a model description. The spec is named after the preset, or after the folder that holds the file.
 
     Args:
         model: a preset name, a `config.json`, or a Hugging Face model folder.
@@ -206,37 +113,76 @@ def load_model_spec(model: str | Path) -> ModelSpec:
     Raises:
         BadInput: nothing there, not JSON, an unknown architecture, or a missing or wrong field.
     """
-    path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
-        return _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
-    preset = resources.files("triaxial.model") / "presets" / f"{str(model).lower()}.json"
-    if preset.is_file():
-        return _parse(preset.read_text(encoding="utf-8"), str(model).lower())
+    preset = str(model).lower()
+    try:
+        path = Path(model)
+        if path.is_dir():
+            path = path / "config.json"
+        if path.is_file():
+            return _parse(path.read_bytes(), where=str(path), name=path.resolve().parent.name)
+    except OSError as error:
+        raise BadInput(f"cannot read model {str(model)!r}: {error.strerror}") from None
+    if preset in preset_names():
+        text = (resources.files("triaxial.model") / "presets" / f"{preset}.json").read_bytes()
+        return _parse(text, where=preset, name=preset)
     raise BadInput(
         f"no model {str(model)!r}: give a config.json, a model folder, or one of {', '.join(preset_names())}"
     )
 
 
-def _parse(text: str, name: str) -> ModelSpec:
+def _parse(text: bytes, *, where: str, name: str) -> ModelSpec:
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{name}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of absurd length
+        raise BadInput(f"{where}: not JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise BadInput(f"{name}: a model description is a JSON object, not {type(raw).__name__}")
+        raise BadInput(f"{where}: a model description is a JSON object, not {type(raw).__name__}")
     try:
-        return _HfConfig.model_validate(raw).spec(name)
+        return _spec_of(HfConfig.model_validate(raw), name)
     except ValidationError as error:
-        raise BadInput(f"{name}: {describe(error)}") from None
-    except KeyError as error:
-        raise BadInput(f"{name}: rope scaling lacks {error}") from None
+        raise BadInput(f"{where}: {describe(error)}") from None
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def _spec_of(config: HfConfig, name: str) -> ModelSpec:
+    family = config.family()
+    window, first_windowed_layer = config.window()
+    rope_theta, rope_scaling = config.rope()
+    attention_bias = config.attention_bias and family in ("llama", "qwen3", "gpt3")
+    return ModelSpec(
+        name=name,
+        family=family,
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.kv_heads(),
+        head_dim=config.width_of_head(),
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        layer_norm=family == "gpt3",
+        learned_positions=family == "gpt3",
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tied_embeddings=config.tie_word_embeddings,
+        qkv_bias=family == "qwen2" or attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=config.mlp_bias and family in ("llama", "gpt3"),
+        qk_norm=family == "qwen3",
+        gated_mlp=family != "gpt3",
+        sliding_window=window,
+        first_windowed_layer=first_windowed_layer,
+        init_std=config.initializer_range,
+    )
 
 
 def describe(error: ValidationError) -> str:
     """The first problem of a pydantic validation error as a clause: where, and what is wrong."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message

@@ -21,6 +21,10 @@ from triaxial.plan.layout import Layout
 # faster than Gloo's own bf16 loop. Above this size in fp32 the ring's halved messages win.
 EXCHANGE_LIMIT_BYTES = 256 * 1024
 
+# torch 2.13 renamed these two; 2.11 and 2.12 have only the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class CommunicationError(RuntimeError):
     """A collective or message did not complete; the text names rank, operation and axis."""
@@ -105,7 +109,7 @@ class Axis:
             return Pending(self, "all_gather", [], lambda: out.copy_(x))
         self._count("all_gather", out)
         with self.naming("all_gather"):
-            work = dist.all_gather_into_tensor(out, x.contiguous(), group=self.group, async_op=True)
+            work = _all_gather(out, x.contiguous(), group=self.group, async_op=True)
         return Pending(self, "all_gather", [work], lambda: out)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ class Axis:
         with self.naming("reduce_scatter"):
             if x.is_cuda:
                 part = x.new_empty((n, *x.shape[1:]))
-                work = dist.reduce_scatter_tensor(part, x.contiguous(), group=self.group, async_op=True)
+                work = _reduce_scatter(part, x.contiguous(), group=self.group, async_op=True)
                 return Pending(self, "reduce_scatter", [work], lambda: part)
             # Gloo's reduce-scatter moves whole buffers; an all-to-all moves only what is needed.
             parts = torch.empty_like(x, memory_format=torch.contiguous_format)

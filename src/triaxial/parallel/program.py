@@ -130,7 +130,7 @@ def check_runnable(layout: Layout, spec: ModelSpec) -> None:
     """
     if layout.cp > 1 or layout.ep > 1:
         raise BadInput("context and expert parallelism can be planned but not run: use cp=1 and ep=1")
-    if spec.layer_norm or not spec.gated_mlp:
+    if spec.layer_norm or spec.learned_positions or not spec.gated_mlp:
         raise BadInput(
             f"{spec.name} can be planned but not run: the decoder has RMS norms, rotary positions and gated MLPs"
         )

@@ -12,6 +12,7 @@ Recompute = Literal["none", "selective", "full"]
 ScheduleKind = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 
 AXES = ("tp", "cp", "dp", "pp")
+MAX_SIZE = 1 << 20  # of an axis or a micro-batch: anything beyond is a slip of the keyboard
 DEFAULT_ORDER = "-".join(AXES)
 
 
@@ -51,8 +52,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "cp", "ep", "vpp", "mb"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"layout: {name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise BadInput(f"layout: {name} must be 1 to {MAX_SIZE}, not {getattr(self, name)}")
         if self.zero not in (0, 1, 2, 3):
             raise BadInput(f"layout: zero must be 0, 1, 2 or 3, not {self.zero}")
         for name, allowed in (("schedule", get_args(ScheduleKind)), ("recompute", get_args(Recompute))):
@@ -62,18 +63,19 @@ class Layout:
             raise BadInput(
                 f"layout: order must name {', '.join(AXES)} once each, like {DEFAULT_ORDER}, not {self.order!r}"
             )
-        if self.shard and (self.zero == 0 or self.dp % self.shard):
+        if self.shard and (self.zero == 0 or self.shard < 0 or self.dp % self.shard):
             raise BadInput(f"layout: shard={self.shard} needs zero >= 1 and must divide dp={self.dp}")
         if self.dp * self.cp % self.ep:
             raise BadInput(f"layout: ep={self.ep} must divide dp*cp={self.dp * self.cp}")
-        if self.sp and self.tp == 1:
-            object.__setattr__(self, "sp", False)  # without tp there is nothing to cut: one spelling per meaning
+        # One spelling per meaning: without tp there is nothing to cut, and all of dp is what 0 says.
+        object.__setattr__(self, "sp", self.sp and self.tp > 1)
+        object.__setattr__(self, "shard", 0 if self.shard == self.dp else self.shard)
         self._check_stages()
 
     def _check_stages(self) -> None:
         if self.schedule == "interleaved" and self.pp > 1 and self.vpp == 1:
             raise BadInput("layout: schedule=interleaved needs vpp of at least 2")
-        if self.schedule == "zb-v" and self.pp > 1 and self.vpp != 2:
+        if self.schedule == "zb-v" and self.vpp != 2 and self.num_stages > 1:
             raise BadInput(f"layout: schedule=zb-v places two stages on each rank: vpp must be 2, not {self.vpp}")
         if self.vpp > 1 and self.schedule not in ("interleaved", "zb-v"):
             raise BadInput(f"layout: vpp={self.vpp} needs schedule=interleaved or zb-v, not {self.schedule}")
@@ -158,13 +160,11 @@ def check_layout(layout: Layout, spec: ModelSpec, seq_len: int) -> None:
     Raises:
         BadInput: heads, kv heads, ffn, layers or sequence that the layout cannot cut.
     """
-    for what, size in (("attention heads", spec.num_heads), ("ffn width", spec.ffn)):
-        if size % layout.tp:
-            valid = [n for n in range(1, 65) if spec.num_heads % n == 0 and spec.ffn % n == 0]
-            raise BadInput(f"tp={layout.tp} does not divide the {size} {what} of {spec.name}; valid: {valid}")
-    if layout.tp % spec.num_kv_heads and spec.num_kv_heads % layout.tp:
+    if not _carries(layout.tp, spec):
+        valid = [tp for tp in range(1, spec.num_heads + 1) if _carries(tp, spec)]
         raise BadInput(
-            f"tp={layout.tp} neither divides nor is a multiple of the {spec.num_kv_heads} kv heads of {spec.name}"
+            f"tp={layout.tp} cannot cut {spec.name} ({spec.num_heads} heads, {spec.num_kv_heads} kv heads, ffn "
+            f"{spec.ffn}); valid: {', '.join(map(str, valid))}"
         )
     if layout.sp and seq_len % layout.tp:
         raise BadInput(f"sequence parallelism needs a sequence length divisible by tp={layout.tp}, not {seq_len}")
@@ -177,3 +177,9 @@ def check_layout(layout: Layout, spec: ModelSpec, seq_len: int) -> None:
         raise BadInput(
             f"cut {_to_text(layout.cut)} covers {sum(layout.cut)} of {blocks} blocks (embedding, layers, head)"
         )
+
+
+def _carries(tp: int, spec: ModelSpec) -> bool:
+    """Heads and ffn are cut evenly; kv heads are cut evenly or each replicated on equally many ranks."""
+    kv_heads_fit = spec.num_kv_heads % tp == 0 or tp % spec.num_kv_heads == 0
+    return spec.num_heads % tp == 0 and spec.ffn % tp == 0 and kv_heads_fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class StepResult:
     """Before clipping, over all parameters."""
     bubble_fraction: float
     """1 - busy time / (last end - first begin over all ranks), mean over ranks."""
+    peak_memory_bytes: int
+    """Largest over the ranks so far: resident memory of the process on a CPU, allocated memory on a GPU."""
     spans: list[Span]
 
 
@@ -80,12 +83,17 @@ def _summary(program: Program, micro_batches: Sequence[MicroBatch], spans: list[
     loss = program.losses().double() * micro_batches[0].loss_scale.double() if mesh.tp.index == 0 else 0.0
     squared = gradient_norm_squared(program.units, mesh) if norm else 0.0
     busy = sum(span.end_s - span.begin_s for span in spans)
-    mine = torch.tensor(
-        [[float(loss), float(squared), busy, spans[0].begin_s, spans[-1].end_s]],
-        dtype=torch.float64,
-        device=mesh.device,
-    )
+    numbers = [float(loss), float(squared), busy, spans[0].begin_s, spans[-1].end_s, peak_memory_bytes(mesh.device)]
+    mine = torch.tensor([numbers], dtype=torch.float64, device=mesh.device)
     everyone = mesh.world.all_gather(mine).cpu()
     loss_sum, norm_squared, busy_sum = everyone[:, :3].sum(0).tolist()
     elapsed = float(everyone[:, 4].max() - everyone[:, 3].min())
-    return StepResult(loss_sum, norm_squared**0.5, 1 - busy_sum / len(everyone) / elapsed, spans)
+    bubble = 1 - busy_sum / len(everyone) / elapsed
+    return StepResult(loss_sum, norm_squared**0.5, bubble, int(everyone[:, 5].max()), spans)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

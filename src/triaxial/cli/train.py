@@ -1,0 +1,61 @@
+"""`triaxial train`: train a model under a layout."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from triaxial import BadInput
+from triaxial.plan.layout import Recompute, parse_layout
+
+
+@click.command(name="train")
+@click.argument("model", required=False)
+@click.option("--data", type=click.Path(path_type=Path), help="Text, .jsonl, .parquet, or a folder of such or of code.")
+@click.option("--layout", help="How to spread the model, like tp=2,pp=2,dp=1,mb=1.  [default: tp=1]")
+@click.option("--zero", type=click.IntRange(0, 3), help="ZeRO stage, over the layout's.")
+@click.option("--recompute", type=click.Choice(get_args(Recompute)), help="Activation recompute, over the layout's.")
+@click.option("--steps", type=int, help="Optimizer steps.  [default: 100]")
+@click.option("--global-batch", type=int, help="Sequences per step over all ranks.  [default: 8]")
+@click.option("--seq-len", type=int, help="Tokens per sequence.  [default: 512]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 3e-4]")
+@click.option("--warmup-steps", type=int, help="Steps of linear warm-up.  [default: 10]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp64"]), help="[default: fp32]")
+@click.option("--seed", type=int, help="Of initial values and sample order.  [default: 0]")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: bytes]")
+@click.option("--eval-every", type=int, help="Steps between evaluations.  [default: at the end]")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/MODEL-TIME]")
+@click.option("--stop-after", type=int, help="Leave off after this many steps.")
+@click.option("--timeout", type=float, help="Seconds a rank waits for another.  [default: 600]")
+@click.option("--port", type=int, help="Of the local rendezvous.  [default: a free one]")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file with any of these; flags win over it.")
+def command(config: Path | None, zero: int | None, recompute: Recompute | None, **flags: Any) -> None:
+    """Train MODEL, a preset, a config.json or a model folder, on text.
+
+    Starts the layout's ranks on this machine, or joins the torchrun that it is run under.
+    """
+    from triaxial.train.config import make_config, read_toml
+    from triaxial.train.launch import launch
+
+    settings = read_toml(config) if config else {}
+    settings |= {name: value for name, value in flags.items() if value is not None}
+    for name in ("model", "data"):
+        if name not in settings:
+            raise BadInput(
+                f"{name} is missing: give {'MODEL' if name == 'model' else '--data'}, or name it in --config"
+            )
+    layout = parse_layout(str(settings.get("layout", "tp=1")))
+    layout = replace(
+        layout,
+        zero=layout.zero if zero is None else zero,
+        recompute=layout.recompute if recompute is None else recompute,
+    )
+    settings["layout"] = str(layout)
+    settings.setdefault("out", Path("runs") / f"{Path(str(settings['model'])).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    checked = make_config(settings)
+    launch(checked)
+    click.echo(f"run: {checked.out}")

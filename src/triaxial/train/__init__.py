@@ -1,0 +1,1 @@
+"""Training: data, optimizer, the loop and its checkpoints."""

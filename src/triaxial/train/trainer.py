@@ -1,0 +1,112 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from triaxial.model.spec import load_model_spec
+from triaxial.model.weights import initial_values
+from triaxial.parallel.data import PRECISIONS
+from triaxial.parallel.program import Shape, build_program
+from triaxial.parallel.stage import MicroBatch
+from triaxial.parallel.tensor import IGNORE
+from triaxial.plan.layout import micro_batches
+from triaxial.train.config import TrainConfig
+from triaxial.train.corpus import Corpus
+from triaxial.train.optimizer import Optimizer, learning_rate
+from triaxial.train.order import sample_indices
+from triaxial.train.record import Metrics, RunRecord
+from triaxial.train.step import StepResult, Tokens, evaluate, make_micro_batches, own_samples, training_step
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the world."""
+
+    rank: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+
+class Trainer:
+    """One rank of a training run. The process group must exist where the layout has more than one rank."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, place: Place) -> None:
+        """Build the model and its initial values.
+
+        Raises:
+            BadInput: data too short for the sequence length, or token ids beyond the model's vocabulary.
+        """
+        self.config, self._corpus, self._place = config, corpus, place
+        self.spec = load_model_spec(config.model)
+        layout = config.parsed_layout
+        corpus.require_vocab(self.spec.vocab)
+        self._training, self._held_out = corpus.split(config.seq_len, config.held_out)
+        self.program = build_program(
+            self.spec,
+            layout,
+            shape=Shape(layout.mb, config.seq_len),
+            num_micro_batches=micro_batches(layout, config.global_batch),
+            precision=PRECISIONS[config.precision],
+            device=place.device,
+            rank=place.rank,
+        )
+        self.program.load(initial_values(self.spec, config.seed))
+        self._optimizer = Optimizer(self.program.units, config.hyperparameters)
+        self._loss_dtype = torch.float64 if config.precision == "fp64" else torch.float32
+
+    def run(self) -> None:
+        """Train to the end, or to `stop_after`; rank 0 keeps the record."""
+        config = self.config
+        planned = min(config.steps, config.stop_after or config.steps)
+        with RunRecord(config, planned) if self._place.rank == 0 else nullcontext() as record:
+            for step in range(planned):
+                began = time.perf_counter()
+                lr = learning_rate(step, config.steps, config.hyperparameters)
+                result = training_step(self.program, self._optimizer, self._batch(step), lr)
+                if record:
+                    record.step(self._metrics(step, lr, result, time.perf_counter() - began))
+                if self._evaluates_after(step, planned):
+                    loss = evaluate(self.program, self._validation_batch())
+                    if record:
+                        record.evaluation(step, loss)
+
+    def _evaluates_after(self, step: int, planned: int) -> bool:
+        every = self.config.eval_every
+        return bool(self._held_out) and (step + 1 == planned or (every is not None and (step + 1) % every == 0))
+
+    def _batch(self, step: int) -> list[MicroBatch]:
+        indices = sample_indices(step, self.config.global_batch, len(self._training), self.config.seed)
+        return self._micro_batches(own_samples(indices, self.program.mesh))
+
+    def _validation_batch(self) -> list[MicroBatch]:
+        """The first held-out samples, one global batch; where there are fewer, the rest counts for nothing."""
+        wanted = own_samples(np.arange(self.config.global_batch), self.program.mesh)
+        return self._micro_batches(
+            self._held_out.start + wanted % len(self._held_out), counted=wanted < len(self._held_out)
+        )
+
+    def _micro_batches(self, indices: Tokens, counted: NDArray[np.bool_] | bool = True) -> list[MicroBatch]:
+        ids, labels = self._corpus.batch(indices, self.config.seq_len)
+        labels[~np.broadcast_to(counted, len(labels))] = IGNORE
+        return make_micro_batches(ids, labels, self.program.mesh, self._loss_dtype)
+
+    def _metrics(self, step: int, lr: float, result: StepResult, seconds: float) -> Metrics:
+        tokens = self.config.global_batch * self.config.seq_len
+        flop = self.spec.train_flop_per_token(self.config.seq_len) * tokens
+        return {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "bubble_fraction": result.bubble_fraction,
+            "model_tflops": flop / seconds / self.program.layout.world_size / 1e12,
+        }
