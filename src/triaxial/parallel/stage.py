@@ -107,6 +107,7 @@ class Stage:
         self._postponed[micro_batch] = []
         return self._backward(micro_batch, dy, postponed=self._postponed[micro_batch])
 
+    @torch.no_grad()  # unlike in a backward pass, autograd would record this
     def backward_weight(self, micro_batch: int, *, last: bool) -> None:
         """The weights' part of a backward pass whose `backward_input` has run."""
         for placed, works in zip(reversed(self.blocks), self._postponed.pop(micro_batch), strict=True):

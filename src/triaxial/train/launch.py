@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import logging
 import os
+import re
 import signal
 import socket
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -29,8 +35,13 @@ from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus, build_corpus
 from triaxial.train.tokenizer import load_tokenizer
 from triaxial.train.trainer import Place, Trainer
+from triaxial.train.worker import end_with_parent
 
-_PR_SET_PDEATHSIG = 1
+_JOINING_TIMEOUT = datetime.timedelta(minutes=10)
+"""For ranks to find each other: some import torch from a slow disk."""
+
+_SHUTDOWN_S = 5
+"""That ranks have to end when they are asked to, before they are killed."""
 
 
 def open_corpus(config: TrainConfig) -> Corpus:
@@ -50,8 +61,11 @@ def open_corpus(config: TrainConfig) -> Corpus:
         )
 
 
-def launch(config: TrainConfig) -> None:
+def launch(config: TrainConfig) -> bool:
     """Train: join the torchrun that this process is part of, or start the layout's ranks on this machine.
+
+    Returns:
+        Whether this process speaks for the run: under torchrun rank 0 alone does.
 
     Raises:
         BadInput: the data does not fit, or the world is not of the layout's size.
@@ -59,16 +73,14 @@ def launch(config: TrainConfig) -> None:
     """
     world = config.parsed_layout.world_size
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        given = int(os.environ["WORLD_SIZE"])
-        if given != world:
-            raise BadInput(f"layout {config.layout} has {world} ranks and torchrun started {given}")
-        work(config)
-        return
+        return _join_torchrun(config, world)
     check_data(config, open_corpus(config))
     if world == 1:
-        train_here(config)
+        with _reported(config, 0):
+            train_here(config)
     else:
         _start_local_ranks(config, world)
+    return True
 
 
 def check_data(config: TrainConfig, corpus: Corpus) -> None:
@@ -88,26 +100,66 @@ def train_here(config: TrainConfig) -> Trainer:
     return trainer
 
 
+def _join_torchrun(config: TrainConfig, world: int) -> bool:
+    given, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if given != world:
+        raise BadInput(f"layout {config.layout} has {world} ranks and torchrun started {given}")
+    end_with_parent()
+    with _reported(config, rank):
+        work(config)
+    return rank == 0
+
+
+@contextmanager
+def _reported(config: TrainConfig, rank: int) -> Iterator[None]:
+    """Turn an exception of the rank in this process into one sentence and a traceback in the run's folder."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        report_failure(error, config, rank)
+        raise NoAnswer(_sentence(config, rank, _words(error))) from None
+
+
 def _start_local_ranks(config: TrainConfig, world: int) -> None:
     endpoint = f"127.0.0.1:{_usable_port(config.port)}"
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        run_id="triaxial",
-        rdzv_endpoint=endpoint,
-        rdzv_backend="c10d",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our one sentence says it all
+    arguments = ("-m", "triaxial.train.worker", str(os.getpid()), config.model_dump_json())
+    with tempfile.TemporaryDirectory(prefix="triaxial-") as folder, _quiet():
+        launch_config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world,
+            run_id="triaxial",
+            rdzv_endpoint=endpoint,
+            rdzv_backend="c10d",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C stays Python's: its ranks then end by SIGTERM
+            shutdown_timeout=_SHUTDOWN_S,
+        )
+        try:
+            elastic_launch(launch_config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            raise NoAnswer(_sentence(config, *_root_cause(error.failures))) from None
+        except SignalException as error:
+            raise NoAnswer(f"ended by {error.sigval.name}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's launcher from logging what our one sentence says; leave a usable terminal behind rank 0's bar."""
+    logging.disable(logging.CRITICAL)
     try:
-        elastic_launch(launch_config, sys.executable)("-m", "triaxial.train.worker", config.model_dump_json())
-    except ChildFailedError as error:
-        rank, cause = _root_cause(error.failures)
-        trace = config.out / f"failure-rank{rank}.txt"
-        where = f" (traceback in {trace})" if trace.exists() else ""
-        raise NoAnswer(f"rank {rank} failed: {cause}{where}") from None
+        yield
+    except BaseException:
+        if sys.stderr.isatty():
+            Console(stderr=True).show_cursor()
+            print(file=sys.stderr)
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _usable_port(port: int) -> int:
@@ -121,10 +173,17 @@ def _usable_port(port: int) -> int:
 
 
 def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
-    """Rank and words of the failure that came first, but for ranks that only report that another fell silent."""
+    """Rank and words of the failure that led to the others."""
     told = {rank: _describe(failure) for rank, failure in failures.items()}
-    rank = min(failures, key=lambda rank: (_is_consequence(told[rank]), failures[rank].timestamp))
+    rank = min(failures, key=lambda rank: (_order(told[rank]), failures[rank].timestamp, rank))
     return rank, told[rank]
+
+
+def _order(words: str) -> int:
+    """What a failure is, from cause to consequence: waiting in vain shows that nobody had failed until then."""
+    if CommunicationError.__name__ in words:
+        return 0 if "timed out" in words.lower() else 2
+    return 3 if words.endswith(signal.SIGTERM.name) else 1
 
 
 def _describe(failure: ProcessFailure) -> str:
@@ -135,28 +194,51 @@ def _describe(failure: ProcessFailure) -> str:
     return str(words or f"ended with exit code {failure.exitcode}")
 
 
-def _is_consequence(words: str) -> bool:
-    return CommunicationError.__name__ in words or words.endswith(signal.SIGTERM.name)
+def _words(error: BaseException) -> str:
+    """As torch's error handler puts it."""
+    return f"{type(error).__name__}: {error}"
 
 
-def report_failure(error: BaseException, config: TrainConfig) -> None:
+def _sentence(config: TrainConfig, rank: int, words: str) -> str:
+    cause = words.removeprefix(f"{CommunicationError.__name__}: rank {rank}: ").partition("\n")[0]
+    cause = re.sub(r"\[\S+:\d+\] ", "", cause)  # where in Gloo's source
+    trace = _trace(config, rank)
+    return f"rank {rank} failed: {cause}" + (f" (traceback in {trace})" if trace.exists() else "")
+
+
+def _trace(config: TrainConfig, rank: int) -> Path:
+    return config.out / f"failure-rank{rank}.txt"
+
+
+def report_failure(error: BaseException, config: TrainConfig, rank: int) -> None:
     """Tell the launcher what went wrong on this rank, and leave the traceback in the run's folder."""
     ErrorHandler().record_exception(error)
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.out / f"failure-rank{os.environ['RANK']}.txt", traceback.format_exc())
+    with suppress(OSError, BadInput):  # the error that we report may be that the folder cannot be written to
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(_trace(config, rank), traceback.format_exc())
+    if isinstance(error, CommunicationError):
+        _wake_stopped_siblings()
+
+
+def _wake_stopped_siblings() -> None:
+    """A stopped process does not act on the SIGTERM that is coming, and torch's launcher would wait 30 s for it."""
+    with suppress(psutil.Error):
+        for sibling in psutil.Process(os.getppid()).children():
+            sibling.send_signal(signal.SIGCONT)
 
 
 def work(config: TrainConfig) -> None:
     """One rank of a run that torch's launcher started."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     local_world = int(os.environ["LOCAL_WORLD_SIZE"])
-    _die_with_the_launcher()
     device = _device(local_rank)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.timeout))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_JOINING_TIMEOUT)
     try:
-        Trainer(config, open_corpus(config), Place(rank, device)).run()
+        trainer = Trainer(config, open_corpus(config), Place(rank, device))
+        for group in list(_world.pg_map):  # torch opens groups with its own default of 30 minutes
+            _set_pg_timeout(datetime.timedelta(seconds=config.timeout), group)
+        trainer.run()
     finally:
         dist.destroy_process_group()
 
@@ -167,11 +249,3 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _die_with_the_launcher() -> None:
-    """Ctrl-C reaches the launcher, which ends its ranks; if the launcher itself is killed, the kernel does."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    prctl: Callable[..., int] | None = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:  # Linux
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""What really happens: runs, measurements and their comparison with the plan."""
