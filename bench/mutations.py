@@ -54,10 +54,10 @@ MUTATIONS = [
         "fewer_kv_heads",
     ),
     Mutation(
-        "two stages swapped: layers of the first two stages exchanged",
+        "two stages swapped: a layer of one where the other's should be",
         "parallel/program.py",
         "for index in range(*bounds[stage])",
-        "for index in range(*bounds[stage]) for index in [{2: 4, 4: 2}.get(index, index)]",
+        "for index in range(*bounds[stage]) for index in [{2: 6, 6: 2}.get(index, index) if layout.pp > 1 else index]",
         "any_order",
     ),
     Mutation(
