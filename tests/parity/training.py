@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from tests.world import World
+from triaxial.model import IGNORE
 from triaxial.model.spec import ModelSpec
 from triaxial.model.weights import Piece, initial_values
 from triaxial.parallel.data import PRECISIONS
 from triaxial.parallel.program import Program, Shape, build_program
 from triaxial.parallel.stage import MicroBatch
-from triaxial.parallel.tensor import IGNORE
 from triaxial.plan.layout import Layout, micro_batches
+from triaxial.plan.schedule import Schedule
 from triaxial.train.optimizer import Hyperparameters, Optimizer, learning_rate
 from triaxial.train.step import make_micro_batches, own_samples, training_step
 
@@ -48,10 +49,10 @@ class Outcome:
 
 
 def tiny_spec(**changes: Any) -> ModelSpec:
-    base = dict(
-        name="tiny", family="llama", num_layers=5, hidden=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn=40,
-        vocab=101, max_positions=64, norm_eps=1e-5, init_std=0.2,
-    )  # fmt: skip
+    base = {
+        "name": "tiny", "family": "llama", "num_layers": 5, "hidden": 32, "num_heads": 4, "num_kv_heads": 2,
+        "head_dim": 8, "ffn": 40, "vocab": 101, "max_positions": 64, "norm_eps": 1e-5, "init_std": 0.2,
+    }  # fmt: skip
     return ModelSpec(**(base | changes))
 
 
@@ -67,7 +68,7 @@ def batch_of(case: Case, step: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, labels
 
 
-def build(rank: int, case: Case, layout: Layout) -> tuple[Program, Optimizer]:
+def build(rank: int, case: Case, layout: Layout, schedule: Schedule | None = None) -> tuple[Program, Optimizer]:
     program = build_program(
         case.spec,
         layout,
@@ -75,6 +76,7 @@ def build(rank: int, case: Case, layout: Layout) -> tuple[Program, Optimizer]:
         num_micro_batches=micro_batches(layout, case.global_batch),
         precision=PRECISIONS[case.precision],
         rank=rank,
+        schedule=schedule,
     )
     program.load(initial_values(case.spec, case.seed))
     return program, Optimizer(program.units, HYPER)
@@ -87,9 +89,9 @@ def step_batches(program: Program, case: Case, step: int) -> list[MicroBatch]:
     return make_micro_batches(ids[mine], labels[mine], program.mesh, loss_dtype)
 
 
-def train(rank: int, case: Case, layout: Layout) -> tuple[Outcome, list[Part]]:
+def train(rank: int, case: Case, layout: Layout, schedule: Schedule | None = None) -> tuple[Outcome, list[Part]]:
     """Run the case on this rank: its numbers, and its parts of the initial parameters and of step 0's gradients."""
-    program, optimizer = build(rank, case, layout)
+    program, optimizer = build(rank, case, layout, schedule)
     parts = local_parts(program, "parameter")
     program.run(step_batches(program, case, 0))
     parts += local_parts(program, "gradient")
@@ -121,9 +123,12 @@ def local_parts(program: Program, kind: Literal["parameter", "gradient"]) -> lis
     return parts
 
 
-def train_everywhere(world: World, case: Case, layout: Layout) -> Outcome:
-    """The case under a layout, with the ranks' parts put together; ranks that hold the same part must agree."""
-    results = world.run(layout.world_size, train, case, layout)
+def train_everywhere(world: World, case: Case, layout: Layout, schedule: Schedule | None = None) -> Outcome:
+    """The case under a layout, with the ranks' parts put together; ranks that hold the same part must agree.
+
+    `schedule` takes the place of the layout's.
+    """
+    results = world.run(layout.world_size, train, case, layout, schedule)
     outcome = results[0][0]
     for other, _ in results[1:]:
         assert other.losses == outcome.losses

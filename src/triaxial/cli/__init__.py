@@ -11,6 +11,7 @@ from triaxial import BadInput, NoAnswer, __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # command: (module, one line of help); the planner's commands must not pay for importing torch
+    "demo": ("demo", "Train a small model under three layouts on this machine."),
     "train": ("train", "Train a model under any layout."),
     "plan": ("plan", "Find the best layout for a model, a cluster and a workload, and say why."),
     "estimate": ("estimate", "Price one layout."),

@@ -34,7 +34,7 @@ def command(out: Path | None, as_json: bool) -> None:
         return
     table = Table(title="One model, one seed, three layouts")
     for title in ("layout", "processes", "first loss", "last loss", "tokens/s", "peak memory", "bubble"):
-        table.add_column(title, justify="left" if title == "layout" else "right")
+        table.add_column(title, justify="left" if title == "layout" else "right", no_wrap=True)
     for run in demo.runs:
         table.add_row(
             run.layout,

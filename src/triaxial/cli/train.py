@@ -33,7 +33,7 @@ from triaxial.plan.layout import Recompute, parse_layout
 @click.option("--timeout", type=float, help="Seconds a rank waits for another.  [default: 600]")
 @click.option("--port", type=int, help="Of the local rendezvous.  [default: a free one]")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file with any of these; flags win over it.")
-def command(config: Path | None, zero: int | None, recompute: Recompute | None, **flags: Any) -> None:
+def command(config: Path | None, **flags: Any) -> None:
     """Train MODEL, a preset, a config.json or a model folder, on text.
 
     Starts the layout's ranks on this machine, or joins the torchrun that it is run under.
@@ -49,13 +49,9 @@ def command(config: Path | None, zero: int | None, recompute: Recompute | None, 
                 f"{name} is missing: give {'MODEL' if name == 'model' else '--data'}, or name it in --config"
             )
     layout = parse_layout(str(settings.get("layout", "tp=1")))
-    layout = replace(
-        layout,
-        zero=layout.zero if zero is None else zero,
-        recompute=layout.recompute if recompute is None else recompute,
-    )
-    settings["layout"] = str(layout)
+    over: dict[str, Any] = {name: settings.pop(name) for name in ("zero", "recompute") if name in settings}
+    settings["layout"] = str(replace(layout, **over))
     settings.setdefault("out", Path("runs") / f"{Path(str(settings['model'])).name}-{time.strftime('%Y%m%d-%H%M%S')}")
     checked = make_config(settings)
-    launch(checked)
-    click.echo(f"run: {checked.out}")
+    if launch(checked):
+        click.echo(f"run: {checked.out}")

@@ -15,11 +15,12 @@ from triaxial.train.sample import greedy
 from triaxial.train.tokenizer import ByteTokenizer
 
 MODEL = "tiny-byte"
-LAYOUTS = ("tp=1,pp=1,dp=1", "tp=2,pp=2,dp=1", "tp=2,pp=1,dp=2")
+LAYOUTS = ("tp=1,pp=1,dp=1,mb=8", "tp=2,pp=2,dp=1,mb=2", "tp=2,pp=1,dp=2,mb=4")
+"""Micro-batches differ too: whole batch at once, four for the pipeline, one on each replica."""
 PROMPT = "def "
 SAMPLE_LENGTH = 160
 
-_SETTINGS = {"model": MODEL, "steps": 80, "global_batch": 8, "seq_len": 192, "lr": 2e-3, "warmup_steps": 10, "seed": 1}
+_SETTINGS = {"model": MODEL, "steps": 100, "global_batch": 8, "seq_len": 256, "lr": 1e-3, "warmup_steps": 10, "seed": 1}
 
 
 @dataclass(frozen=True)

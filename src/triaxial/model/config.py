@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 from triaxial import BadInput
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt3", "mixtral", "qwen3_moe", "deepseek_v3"]
 
 FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
     "LlamaForCausalLM": "llama",
@@ -16,7 +16,12 @@ FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "GPT3Shape": "gpt3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
+PLANNED_ONLY: frozenset[Family] = frozenset({"mixtral", "qwen3_moe", "deepseek_v3"})
+"""Families that are priced but that no decoder here computes."""
 
 PositiveNumber = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -120,13 +125,27 @@ class HfConfig(BaseModel):
     max_window_layers: NonNegativeInt = 28
     layer_types: list[str] | None = None
     initializer_range: PositiveNumber = 0.02
+    num_local_experts: PositiveInt | None = None
+    num_experts: PositiveInt | None = None
+    n_routed_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    n_shared_experts: NonNegativeInt | None = None
+    first_k_dense_replace: NonNegativeInt = 0
+    q_lora_rank: PositiveInt | None = None
+    kv_lora_rank: PositiveInt | None = None
+    qk_nope_head_dim: PositiveInt | None = None
+    qk_rope_head_dim: PositiveInt | None = None
+    v_head_dim: PositiveInt | None = None
 
     def family(self) -> Family:
-        """Raises BadInput for an architecture, or an activation, that no decoder here computes."""
+        """Raises BadInput for an architecture, or an activation, that is neither computed nor planned here."""
         family = FAMILY_OF_ARCHITECTURE.get(self.architectures[0])
         if family is None:
-            known = ", ".join(sorted(FAMILY_OF_ARCHITECTURE))
-            raise BadInput(f"architecture {self.architectures[0]!r} is not supported; known: {known}")
+            names = sorted(
+                FAMILY_OF_ARCHITECTURE, key=lambda name: (FAMILY_OF_ARCHITECTURE[name] in PLANNED_ONLY, name)
+            )
+            raise BadInput(f"architecture {self.architectures[0]!r} is not supported; known: {', '.join(names)}")
         if family != "gpt3" and self.hidden_act != "silu":
             raise BadInput(f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
         return family
@@ -141,7 +160,7 @@ class HfConfig(BaseModel):
         """Elements of one head. Raises BadInput when it is not given and does not follow from the hidden size."""
         if self.head_dim:
             return self.head_dim
-        if self.family() == "qwen3":
+        if self.family() in ("qwen3", "qwen3_moe"):
             return 128
         if self.hidden_size % self.num_attention_heads:
             raise BadInput(
@@ -172,6 +191,39 @@ class HfConfig(BaseModel):
                 raise BadInput(f"layer_types must be full_attention, then sliding_attention, {layers} in all")
         return (self.sliding_window, first) if first < layers else (None, 0)
 
+    def experts(self) -> dict[str, int] | None:
+        """Fields of `Experts`; None without experts.
+
+        Raises:
+            BadInput: a family that has experts, without their sizes.
+        """
+        if self.family() not in PLANNED_ONLY:
+            return None
+        count = self.num_local_experts or self.num_experts or self.n_routed_experts
+        width = self.moe_intermediate_size or self.intermediate_size
+        if count is None or self.num_experts_per_tok is None:
+            raise BadInput("the number of experts, or num_experts_per_tok, is missing")
+        shared, dense = self.n_shared_experts or 0, self.first_k_dense_replace
+        return {
+            "count": count,
+            "per_token": self.num_experts_per_tok,
+            "ffn": width,
+            "shared": shared,
+            "first_dense_layers": dense,
+        }
+
+    def latent(self) -> dict[str, int | None] | None:
+        """Fields of `LatentAttention`; None without it."""
+        if self.family() != "deepseek_v3" or self.kv_lora_rank is None:
+            return None
+        return {
+            "query_rank": self.q_lora_rank,
+            "kv_rank": self.kv_lora_rank,
+            "nope_dim": self.qk_nope_head_dim,
+            "rope_dim": self.qk_rope_head_dim,
+            "value_dim": self.v_head_dim,
+        }
+
     def rope(self) -> tuple[float, LinearRope | Llama3Rope | None]:
         """Base of the rotary frequencies and their scaling.
 
@@ -184,7 +236,7 @@ class HfConfig(BaseModel):
             raise BadInput("partial_rotary_factor is not supported, only 1")
         theta = rope.rope_theta or self.rope_theta or 10_000.0
         kind = rope.rope_type or rope.type or "default"
-        if kind == "default":
+        if kind == "default" or (kind == "yarn" and self.family() in PLANNED_ONLY):
             return theta, None
         if kind == "linear":
             return theta, LinearRope(**rope.given("factor"))

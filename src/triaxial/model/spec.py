@@ -9,17 +9,31 @@ from pathlib import Path
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from triaxial import BadInput
-from triaxial.model.config import Family, Frozen, HfConfig, LinearRope, Llama3Rope, PositiveNumber, RopeScaling
+from triaxial.model.config import (
+    PLANNED_ONLY,
+    Family,
+    Frozen,
+    HfConfig,
+    LinearRope,
+    Llama3Rope,
+    PositiveNumber,
+    RopeScaling,
+)
+from triaxial.model.experts import Experts, LatentAttention
 
 __all__ = [
+    "Experts",
     "Family",
+    "LatentAttention",
     "LinearRope",
     "Llama3Rope",
     "ModelSpec",
     "RopeScaling",
     "describe",
     "load_model_spec",
+    "planned_preset_names",
     "preset_names",
+    "refuse_planned_only",
 ]
 
 
@@ -54,6 +68,10 @@ class ModelSpec(Frozen):
     first_windowed_layer: NonNegativeInt = 0
     """Layers before this one attend to everything (Qwen's `max_window_layers`); 0 when nothing is windowed."""
     init_std: PositiveNumber = 0.02
+    experts: Experts | None = None
+    """Planned, not run."""
+    latent: LatentAttention | None = None
+    """Planned, not run."""
 
     @model_validator(mode="after")
     def _heads_agree(self) -> ModelSpec:
@@ -64,22 +82,58 @@ class ModelSpec(Frozen):
         return self
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, norms and biases included."""
+    def num_dense_layers(self) -> int:
+        """Decoder layers without experts; they come first."""
+        return min(self.experts.first_dense_layers, self.num_layers) if self.experts else self.num_layers
+
+    @property
+    def attention_matrices(self) -> int:
+        """Parameters of one layer's attention projections, biases apart."""
+        if self.latent:
+            return self.latent.parameters(self.hidden, self.num_heads)
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden * (q + 2 * kv) + q * self.hidden
-        mlp = (3 if self.gated_mlp else 2) * self.hidden * self.ffn
+        return self.hidden * (2 * q + 2 * kv)
+
+    @property
+    def attention_width(self) -> float:
+        """Elements over all heads that a query is multiplied with per key: mean of the score's and the value's."""
+        if self.latent:
+            return self.num_heads * (self.latent.nope_dim + self.latent.rope_dim + self.latent.value_dim) / 2
+        return float(self.num_heads * self.head_dim)
+
+    def mlp_matrices(self, width: int) -> int:
+        """Parameters of a feed-forward layer `width` wide, biases apart."""
+        return (3 if self.gated_mlp else 2) * self.hidden * width
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one dense decoder layer, norms and biases included."""
+        return self._outside_mlp + self.mlp_matrices(self.ffn)
+
+    @property
+    def expert_layer_parameters(self) -> int:
+        """Parameters of one decoder layer with experts, router included; 0 in a dense model."""
+        if self.experts is None:
+            return 0
+        every = (self.experts.count + self.experts.shared) * self.mlp_matrices(self.experts.ffn)
+        return self._outside_mlp + every + self.hidden * self.experts.count
+
+    @property
+    def _outside_mlp(self) -> int:
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         biases = self.qkv_bias * (q + 2 * kv) + self.out_bias * self.hidden
         biases += self.mlp_bias * ((2 if self.gated_mlp else 1) * self.ffn + self.hidden)
         norms = 2 * self._norm_parameters + (2 * self.head_dim if self.qk_norm else 0)
-        return attention + mlp + biases + norms
+        return self.attention_matrices + biases + norms
 
     @property
     def parameters(self) -> int:
         """All parameters; a tied output projection is counted once."""
         embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
         positions = self.max_positions * self.hidden if self.learned_positions else 0
-        return embeddings + positions + self.num_layers * self.layer_parameters + self._norm_parameters
+        layers = self.num_dense_layers * self.layer_parameters
+        layers += (self.num_layers - self.num_dense_layers) * self.expert_layer_parameters
+        return embeddings + positions + layers + self._norm_parameters
 
     @property
     def _norm_parameters(self) -> int:
@@ -87,21 +141,38 @@ class ModelSpec(Frozen):
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that multiply activations: every layer's matrices and the output projection."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        mlp = (3 if self.gated_mlp else 2) * self.hidden * self.ffn
-        return self.num_layers * (self.hidden * (2 * q + 2 * kv) + mlp) + self.vocab * self.hidden
+        """Parameters that multiply each token's activations: the layers' matrices (of the experts only those that
+        the token visits) and the output projection."""
+        dense = self.num_dense_layers * self.mlp_matrices(self.ffn)
+        routed = 0
+        if self.experts:
+            visited = self.experts.per_token + self.experts.shared
+            each = visited * self.mlp_matrices(self.experts.ffn) + self.hidden * self.experts.count
+            routed = (self.num_layers - self.num_dense_layers) * each
+        return self.num_layers * self.attention_matrices + dense + routed + self.vocab * self.hidden
 
     def train_flop_per_token(self, seq_len: int) -> float:
         """Model FLOP of forward and backward for one token, no recompute, attention not halved for
         causality: 6 N + 12 L heads head_dim s (PaLM, arXiv 2204.02311, appendix B)."""
-        return 6.0 * self.matmul_parameters + 12.0 * self.num_layers * self.num_heads * self.head_dim * seq_len
+        return 6.0 * self.matmul_parameters + 12.0 * self.num_layers * self.attention_width * seq_len
 
 
 def preset_names() -> list[str]:
     """Names of the models that ship with the package."""
     presets = resources.files("triaxial.model") / "presets"
     return sorted(entry.name.removesuffix(".json") for entry in presets.iterdir() if entry.name.endswith(".json"))
+
+
+def planned_preset_names() -> list[str]:
+    """Names of further models that ship with the package, to plan for but not to run."""
+    presets = resources.files("triaxial.model") / "presets" / "planned"
+    return sorted(entry.name.removesuffix(".json") for entry in presets.iterdir() if entry.name.endswith(".json"))
+
+
+def refuse_planned_only(spec: ModelSpec) -> None:
+    """Raises BadInput for a model that can be priced but not run."""
+    if spec.family in PLANNED_ONLY:
+        raise BadInput(f"{spec.name}: mixtures of experts are planned, not run: use `triaxial plan` or `estimate`")
 
 
 def load_model_spec(model: str | Path) -> ModelSpec:
@@ -125,9 +196,11 @@ def load_model_spec(model: str | Path) -> ModelSpec:
     if preset in preset_names():
         text = (resources.files("triaxial.model") / "presets" / f"{preset}.json").read_bytes()
         return _parse(text, where=preset, name=preset)
-    raise BadInput(
-        f"no model {str(model)!r}: give a config.json, a model folder, or one of {', '.join(preset_names())}"
-    )
+    if preset in planned_preset_names():
+        text = (resources.files("triaxial.model") / "presets" / "planned" / f"{preset}.json").read_bytes()
+        return _parse(text, where=preset, name=preset)
+    known = ", ".join([*preset_names(), *planned_preset_names()])
+    raise BadInput(f"no model {str(model)!r}: give a config.json, a model folder, or one of {known}")
 
 
 def _parse(text: bytes, *, where: str, name: str) -> ModelSpec:
@@ -149,7 +222,7 @@ def _spec_of(config: HfConfig, name: str) -> ModelSpec:
     family = config.family()
     window, first_windowed_layer = config.window()
     rope_theta, rope_scaling = config.rope()
-    attention_bias = config.attention_bias and family in ("llama", "qwen3", "gpt3")
+    attention_bias = config.attention_bias and family in ("llama", "qwen3", "gpt3", "qwen3_moe")
     return ModelSpec(
         name=name,
         family=family,
@@ -170,11 +243,13 @@ def _spec_of(config: HfConfig, name: str) -> ModelSpec:
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=attention_bias,
         mlp_bias=config.mlp_bias and family in ("llama", "gpt3"),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         gated_mlp=family != "gpt3",
         sliding_window=window,
         first_windowed_layer=first_windowed_layer,
         init_std=config.initializer_range,
+        experts=Experts(**experts) if (experts := config.experts()) else None,
+        latent=LatentAttention.model_validate(latent) if (latent := config.latent()) else None,
     )
 
 

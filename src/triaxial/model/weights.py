@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from triaxial import BadInput
-from triaxial.model.spec import ModelSpec
+from triaxial.model.spec import ModelSpec, refuse_planned_only
 
 Init = Literal["normal", "normal_residual", "ones", "zeros"]
 
@@ -82,6 +82,9 @@ class Slicer:
     index: int = 0
     size: int = 1
     sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_planned_only(self.spec)
 
     @property
     def kv_heads(self) -> int:
@@ -240,7 +243,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._file_of = _read_index(index)
         elif (folder / "model.safetensors").is_file():
             self._file_of = {}
         else:
@@ -260,3 +263,11 @@ class SafetensorsFolder:
             raise BadInput(f"{self._folder / file}: {piece.name} is {tensor.get_shape()}, not {list(piece.shape)}")
         part: Tensor = tensor[:, piece.start : piece.stop] if piece.dim else tensor[piece.start : piece.stop]
         return part
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """File of each tensor, from a `model.safetensors.index.json`."""
+    try:
+        return {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise BadInput(f"{path} is not an index of safetensors files") from None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ class Axis:
     ranks: tuple[int, ...]
     index: int
     group: dist.ProcessGroup | None = None
+    timeout: timedelta | None = None
+    """How long a rank waits for another; None is the backend's default."""
     traffic: Counter[str] = field(default_factory=Counter)
     """Bytes this rank put into each kind of collective, as the planner counts them."""
 
@@ -185,7 +188,9 @@ def rank_at(layout: Layout, place: dict[str, int]) -> int:
     return rank
 
 
-def build_mesh(layout: Layout, rank: int, num_kv_heads: int, device: torch.device) -> Mesh:
+def build_mesh(
+    layout: Layout, rank: int, num_kv_heads: int, device: torch.device, timeout: timedelta | None = None
+) -> Mesh:
     """Open this rank's groups. Every rank of the world must call it; the process group must exist."""
     here = coordinates(layout, rank)
     shard = layout.shard_size
@@ -201,24 +206,26 @@ def build_mesh(layout: Layout, rank: int, num_kv_heads: int, device: torch.devic
         "pp": [{"pp": i} for i in range(layout.pp)],
     }
     axes = {
-        name: _open_axis(name, [rank_at(layout, here | m) for m in places], rank) for name, places in members.items()
+        name: _open_axis(name, [rank_at(layout, here | m) for m in places], rank, timeout)
+        for name, places in members.items()
     }
     world = Axis("world", tuple(range(layout.world_size)), rank, dist.group.WORLD if layout.world_size > 1 else None)
     return Mesh(layout=layout, rank=rank, world=world, device=device, **axes)
 
 
-def _open_axis(name: str, ranks: list[int], rank: int) -> Axis:
-    group = open_group(ranks, rank) if len(ranks) > 1 else None
+def _open_axis(name: str, ranks: list[int], rank: int, timeout: timedelta | None) -> Axis:
+    group = open_group(ranks, rank, timeout) if len(ranks) > 1 else None
     if rank not in ranks:  # a pipeline rank between the two ends
-        return Axis(name, (rank,), 0)
-    return Axis(name, tuple(ranks), ranks.index(rank), group)
+        return Axis(name, (rank,), 0, timeout=timeout)
+    return Axis(name, tuple(ranks), ranks.index(rank), group, timeout)
 
 
-def open_group(ranks: Sequence[int], rank: int) -> dist.ProcessGroup:
+def open_group(ranks: Sequence[int], rank: int, timeout: timedelta | None = None) -> dist.ProcessGroup:
     """A process group of `ranks`, opened by its members alone.
 
     torch finds the members' common name from the ranks and from how many groups each has opened before, so a rank
     that is not among them opens one of its own to keep count.
     """
-    group: dist.ProcessGroup = dist.new_group(list(ranks) if rank in ranks else [rank], use_local_synchronization=True)
+    members = list(ranks) if rank in ranks else [rank]
+    group: dist.ProcessGroup = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
     return group

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,7 +80,7 @@ class Pipeline:
             self._order[message.channel].append(message)
         ranks, here = self._axis.ranks, self._axis.ranks[self._axis.index]
         self._groups = {
-            (source, target, forward): open_group((ranks[source], ranks[target]), here)
+            (source, target, forward): open_group((ranks[source], ranks[target]), here, self._axis.timeout)
             for source, target, forward in sorted(self._order)
             if source != target
         }
@@ -92,7 +93,7 @@ class Pipeline:
             Begin and end of every action, in seconds of this rank's clock.
 
         Raises:
-            CommunicationError: a message did not arrive; names rank and action.
+            CommunicationError: a message did not arrive; names rank, action and the peer.
         """
         actions = self._actions if train else self._forward_only
         step = _Step(self, train)
@@ -148,7 +149,8 @@ class _Step:
             following = waiting.popleft()
             buffer = pipeline._empty()
             source = pipeline._axis.ranks[following.source]
-            work = dist.irecv(buffer, source, group=pipeline._groups[following.channel])
+            with self._naming(_receiving(following)):
+                work = dist.irecv(buffer, source, group=pipeline._groups[following.channel])
             assert work is not None
             self._posted[following.consumer] = work, buffer
 
@@ -162,7 +164,8 @@ class _Step:
             return self._kept.pop(action)
         self.expect(action)
         work, buffer = self._posted.pop(action)
-        self._wait(work, f"receiving the input of {action} from pipeline rank {message.source}")
+        with self._naming(_receiving(message)):
+            work.wait()
         self._forget_delivered(message)
         return buffer
 
@@ -178,7 +181,8 @@ class _Step:
         target = pipeline._axis.ranks[message.target]
         y = y.contiguous()
         pipeline._axis.traffic["send"] += y.numel() * y.element_size()
-        work = dist.isend(y, target, group=pipeline._groups[message.channel])
+        with self._naming(_sending(message)):
+            work = dist.isend(y, target, group=pipeline._groups[message.channel])
         assert work is not None
         self._sent[message.target].append((message, work, y))
 
@@ -186,21 +190,33 @@ class _Step:
         """Every message of this rank has left it."""
         for sent in self._sent.values():
             for message, work, _ in sent:
-                self._wait(work, f"sending the output of {message.producer} to pipeline rank {message.target}")
+                with self._naming(_sending(message)):
+                    work.wait()
 
     def _forget_delivered(self, message: _Message) -> None:
         """A message from a rank proves that what it consumed earlier has arrived: those buffers can go."""
         sent, position = self._sent[message.source], self._pipeline._position
         while sent and position[sent[0][0].consumer] < position[message.producer]:
             done, work, _ = sent.popleft()
-            self._wait(work, f"sending the output of {done.producer} to pipeline rank {done.target}")
+            with self._naming(_sending(done)):
+                work.wait()
 
-    def _wait(self, work: dist.Work, what: str) -> None:
+    @contextmanager
+    def _naming(self, what: str) -> Iterator[None]:
+        """Turn a backend's error into one that says which rank did what with whom."""
         try:
-            work.wait()
+            yield
         except RuntimeError as error:
             axis = self._pipeline._axis
             raise CommunicationError(f"rank {axis.ranks[axis.index]}: {what} failed: {error}") from error
+
+
+def _receiving(message: _Message) -> str:
+    return f"receiving the input of {message.consumer} from pipeline rank {message.source}"
+
+
+def _sending(message: _Message) -> str:
+    return f"sending the output of {message.producer} to pipeline rank {message.target}"
 
 
 def _messages(schedule: Schedule) -> list[_Message]:

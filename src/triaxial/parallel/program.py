@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate, pairwise
 
 import torch
@@ -22,6 +23,7 @@ from triaxial.plan.layout import Layout, check_layout
 from triaxial.plan.schedule import Schedule, build_schedule
 from triaxial.plan.stages import stage_cut
 from triaxial.plan.timeline import Span
+from triaxial.plan.validate_schedule import check_fit
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,26 @@ def build_program(
     precision: Precision = PRECISIONS["fp32"],
     device: torch.device = torch.device("cpu"),  # noqa: B008
     rank: int = 0,
+    schedule: Schedule | None = None,
+    timeout: timedelta | None = None,
 ) -> Program:
     """Build this rank's part. With more than one rank the process group must exist and every rank must call it.
+
+    `schedule` is a table of one's own; without it the layout's schedule is built. `timeout` is how long a rank waits
+    for another in a collective or message; None is the backend's default.
 
     Raises:
         BadInput: a layout that cannot carry this model, or that the runtime does not support.
     """
     check_layout(layout, spec, shape.seq_len)
     check_runnable(layout, spec)
-    schedule = build_schedule(
-        layout.schedule, ranks=layout.pp, micro_batches=num_micro_batches, virtual_stages=layout.vpp
-    )
+    if schedule is None:
+        schedule = build_schedule(
+            layout.schedule, ranks=layout.pp, micro_batches=num_micro_batches, virtual_stages=layout.vpp
+        )
+    check_fit(schedule, layout, num_micro_batches)
     cut = layout.cut or stage_cut(spec, shape.seq_len, schedule.num_stages)
-    mesh = build_mesh(layout, rank, spec.num_kv_heads, device)
+    mesh = build_mesh(layout, rank, spec.num_kv_heads, device, timeout)
     builder = _Builder(spec, layout, mesh, precision, device)
     bounds = list(pairwise(accumulate(cut, initial=0)))
     mine = [stage for stage, place in enumerate(schedule.placement) if place == mesh.pp.index]

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from triaxial.model import IGNORE
 from triaxial.parallel.mesh import Axis
-
-IGNORE = -100
-"""Label of a token that has no loss."""
 
 
 class WeightGradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triaxial import BadInput
 from triaxial.plan.action import Action
+from triaxial.plan.layout import Layout
 from triaxial.plan.table import Schedule
 
 _WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
@@ -23,6 +24,23 @@ def check_schedule(schedule: Schedule) -> tuple[int, ...]:
     _check_completeness(schedule)
     _check_order(schedule)
     return schedule.peak_activations
+
+
+def check_fit(schedule: Schedule, layout: Layout, num_micro_batches: int) -> None:
+    """Refuse a table of one's own that is for another job than the layout's.
+
+    Raises:
+        BadInput: another number of pipeline ranks, micro-batches or stages.
+    """
+    if schedule.num_ranks != layout.pp:
+        raise BadInput(f"the schedule's table has {schedule.num_ranks} ranks, but the layout has pp={layout.pp}")
+    if schedule.num_micro_batches != num_micro_batches:
+        raise BadInput(
+            f"the schedule's table has {schedule.num_micro_batches} micro-batches, but a step of this layout and "
+            f"global batch has {num_micro_batches}"
+        )
+    if layout.cut and len(layout.cut) != schedule.num_stages:
+        raise BadInput(f"the layout's cut is of {len(layout.cut)} stages, but the table has {schedule.num_stages}")
 
 
 def inputs_of(action: Action, num_stages: int) -> tuple[tuple[Action, ...], ...]:

@@ -31,8 +31,10 @@ def estimate_table(estimate: Estimate) -> Table:
 def plans_table(plans: Sequence[Estimate]) -> Table:
     """The best layouts, best first."""
     table = Table()
-    for heading in ("#", "layout", "step s", "tokens/s/GPU", "MFU", "GiB", "bubble", "exposed comm"):
-        table.add_column(heading, justify="left" if heading == "layout" else "right", overflow="fold")
+    table.add_column("#", justify="right")
+    table.add_column("layout", overflow="fold", min_width=30)
+    for heading in ("step s", "tok/s/GPU", "MFU", "GiB", "bubble", "comm"):
+        table.add_column(heading, justify="right")
     for rank, plan in enumerate(plans, start=1):
         communication = sum(seconds for part, seconds in plan.time_s.items() if part.startswith("exposed"))
         table.add_row(

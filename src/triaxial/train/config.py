@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,9 @@ def make_config(settings: dict[str, Any]) -> TrainConfig:
     Raises:
         BadInput: an unknown or wrong setting, or a layout that cannot do this job.
     """
+    known = TrainConfig.model_fields
+    if unknown := settings.keys() - known:
+        raise BadInput(f"training settings: {min(unknown)} is not one of {', '.join(known)}")
     try:
         config = TrainConfig.model_validate(settings)
     except ValidationError as error:
@@ -97,6 +101,14 @@ def check_job(config: TrainConfig) -> ModelSpec:
         raise BadInput(
             f"sequence length {config.seq_len} is more than the {spec.max_positions} positions of {spec.name}"
         )
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise BadInput(f"{config.out} exists and is not empty: choose another --out")
+    _check_free(config.out)
     return spec
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder that holds something or cannot be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists and is not empty: choose another --out")
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BadInput(f"cannot write to {existing}: choose another --out")

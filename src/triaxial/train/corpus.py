@@ -19,9 +19,6 @@ from triaxial import BadInput
 from triaxial.train.documents import Piece, TextReader, list_files
 from triaxial.train.tokenizer import Tokenizer
 
-IGNORE = -100
-"""A label that counts neither in the loss nor in its mean."""
-
 FORMAT = 1  # of the token file and its manifest; part of the cache key
 TOKENS_FILE, MANIFEST_FILE = "tokens.bin", "manifest.json"
 BATCH_CHARACTERS = 4 << 20

@@ -5,40 +5,30 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import re
-import signal
 import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from triaxial import BadInput, NoAnswer
-from triaxial.files import write_atomically
 from triaxial.model.spec import load_model_spec
-from triaxial.parallel.mesh import CommunicationError
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus, build_corpus
+from triaxial.train.failure import reported, root_cause
 from triaxial.train.tokenizer import load_tokenizer
 from triaxial.train.trainer import Place, Trainer
 from triaxial.train.worker import end_with_parent
-
-_JOINING_TIMEOUT = datetime.timedelta(minutes=10)
-"""For ranks to find each other: some import torch from a slow disk."""
 
 _SHUTDOWN_S = 5
 """That ranks have to end when they are asked to, before they are killed."""
@@ -76,7 +66,7 @@ def launch(config: TrainConfig) -> bool:
         return _join_torchrun(config, world)
     check_data(config, open_corpus(config))
     if world == 1:
-        with _reported(config, 0):
+        with reported(config.out, 0):
             train_here(config)
     else:
         _start_local_ranks(config, world)
@@ -105,21 +95,9 @@ def _join_torchrun(config: TrainConfig, world: int) -> bool:
     if given != world:
         raise BadInput(f"layout {config.layout} has {world} ranks and torchrun started {given}")
     end_with_parent()
-    with _reported(config, rank):
+    with reported(config.out, rank):
         work(config)
     return rank == 0
-
-
-@contextmanager
-def _reported(config: TrainConfig, rank: int) -> Iterator[None]:
-    """Turn an exception of the rank in this process into one sentence and a traceback in the run's folder."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:
-        report_failure(error, config, rank)
-        raise NoAnswer(_sentence(config, rank, _words(error))) from None
 
 
 def _start_local_ranks(config: TrainConfig, world: int) -> None:
@@ -142,7 +120,7 @@ def _start_local_ranks(config: TrainConfig, world: int) -> None:
         try:
             elastic_launch(launch_config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            raise NoAnswer(_sentence(config, *_root_cause(error.failures))) from None
+            raise NoAnswer(root_cause(error.failures, config.out)) from None
         except SignalException as error:
             raise NoAnswer(f"ended by {error.sigval.name}") from None
 
@@ -172,73 +150,16 @@ def _usable_port(port: int) -> int:
     return port
 
 
-def _root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
-    """Rank and words of the failure that led to the others."""
-    told = {rank: _describe(failure) for rank, failure in failures.items()}
-    rank = min(failures, key=lambda rank: (_order(told[rank]), failures[rank].timestamp, rank))
-    return rank, told[rank]
-
-
-def _order(words: str) -> int:
-    """What a failure is, from cause to consequence: waiting in vain shows that nobody had failed until then."""
-    if CommunicationError.__name__ in words:
-        return 0 if "timed out" in words.lower() else 2
-    return 3 if words.endswith(signal.SIGTERM.name) else 1
-
-
-def _describe(failure: ProcessFailure) -> str:
-    report: Any = failure.error_file_data.get("message", {})
-    words = report.get("message") if isinstance(report, dict) else None
-    if words is None and failure.exitcode < 0:
-        return f"ended by {signal.Signals(-failure.exitcode).name}"
-    return str(words or f"ended with exit code {failure.exitcode}")
-
-
-def _words(error: BaseException) -> str:
-    """As torch's error handler puts it."""
-    return f"{type(error).__name__}: {error}"
-
-
-def _sentence(config: TrainConfig, rank: int, words: str) -> str:
-    cause = words.removeprefix(f"{CommunicationError.__name__}: rank {rank}: ").partition("\n")[0]
-    cause = re.sub(r"\[\S+:\d+\] ", "", cause)  # where in Gloo's source
-    trace = _trace(config, rank)
-    return f"rank {rank} failed: {cause}" + (f" (traceback in {trace})" if trace.exists() else "")
-
-
-def _trace(config: TrainConfig, rank: int) -> Path:
-    return config.out / f"failure-rank{rank}.txt"
-
-
-def report_failure(error: BaseException, config: TrainConfig, rank: int) -> None:
-    """Tell the launcher what went wrong on this rank, and leave the traceback in the run's folder."""
-    ErrorHandler().record_exception(error)
-    with suppress(OSError, BadInput):  # the error that we report may be that the folder cannot be written to
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(_trace(config, rank), traceback.format_exc())
-    if isinstance(error, CommunicationError):
-        _wake_stopped_siblings()
-
-
-def _wake_stopped_siblings() -> None:
-    """A stopped process does not act on the SIGTERM that is coming, and torch's launcher would wait 30 s for it."""
-    with suppress(psutil.Error):
-        for sibling in psutil.Process(os.getppid()).children():
-            sibling.send_signal(signal.SIGCONT)
-
-
 def work(config: TrainConfig) -> None:
     """One rank of a run that torch's launcher started."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     local_world = int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_JOINING_TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.timeout))
     try:
-        trainer = Trainer(config, open_corpus(config), Place(rank, device))
-        for group in list(_world.pg_map):  # torch opens groups with its own default of 30 minutes
-            _set_pg_timeout(datetime.timedelta(seconds=config.timeout), group)
-        trainer.run()
+        Trainer(config, open_corpus(config), Place(rank, device)).run()
     finally:
         dist.destroy_process_group()
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from triaxial.model import IGNORE
 from triaxial.parallel.data import gradient_norm_squared
 from triaxial.parallel.mesh import Mesh
 from triaxial.parallel.program import Program
 from triaxial.parallel.stage import MicroBatch
-from triaxial.parallel.tensor import IGNORE
 from triaxial.plan.timeline import Span
 from triaxial.train.optimizer import Optimizer
 
@@ -96,4 +97,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory that this process has held so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # the process's own; getrusage carries over the peak of the process that started it
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

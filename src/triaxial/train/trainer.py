@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from triaxial.model import IGNORE
 from triaxial.model.spec import load_model_spec
 from triaxial.model.weights import initial_values
 from triaxial.parallel.data import PRECISIONS
 from triaxial.parallel.program import Shape, build_program
 from triaxial.parallel.stage import MicroBatch
-from triaxial.parallel.tensor import IGNORE
 from triaxial.plan.layout import micro_batches
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus
@@ -55,6 +56,7 @@ class Trainer:
             precision=PRECISIONS[config.precision],
             device=place.device,
             rank=place.rank,
+            timeout=timedelta(seconds=config.timeout),
         )
         self.program.load(initial_values(self.spec, config.seed))
         self._optimizer = Optimizer(self.program.units, config.hyperparameters)

@@ -18,13 +18,14 @@ def main() -> None:
         sys.exit(1)
     # Only now: importing torch takes seconds in which the launcher may be killed.
     from triaxial.train.config import TrainConfig
-    from triaxial.train.launch import report_failure, work
+    from triaxial.train.failure import report_failure
+    from triaxial.train.launch import work
 
     config = TrainConfig.model_validate_json(sys.argv[2])
     try:
         work(config)
     except Exception as error:
-        report_failure(error, config, int(os.environ["RANK"]))
+        report_failure(error, config.out, int(os.environ["RANK"]))
         sys.exit(1)
 
 

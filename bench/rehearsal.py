@@ -1,0 +1,216 @@
+"""Every schedule rehearsed by real processes and real messages, with waits in place of compute.
+
+    python bench/rehearsal.py [--steps N] [--svg FOLDER] [--markdown FILE]
+
+Eight processes run each schedule's table with 32 micro-batches; a forward waits 5 ms, an input gradient 5 ms, a weight
+gradient 5 ms (a whole backward 10 ms), half of that on each of two stages of a rank. Messages travel through Gloo. The
+simulator predicts the same table with the same durations and with the latency and bandwidth that two of the processes
+measured beforehand by passing a message to and fro. What is measured is the median of the steps by duration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from triaxial.files import write_atomically
+from triaxial.parallel.emulated import EmulatedStage
+from triaxial.parallel.mesh import Axis
+from triaxial.parallel.pipeline import Pipeline
+from triaxial.parallel.timeline import gather_timeline
+from triaxial.plan.layout import ScheduleKind
+from triaxial.plan.schedule import Durations, Schedule, build_schedule
+from triaxial.plan.simulate import Simulation, StageCosts, Transfer, simulate
+from triaxial.plan.timeline import Timeline
+from triaxial.report.timeline import timeline_svg
+
+RANKS, MICRO_BATCHES = 8, 32
+OF_RANK = Durations(5e-3, 5e-3, 5e-3)
+KINDS: tuple[tuple[ScheduleKind, int], ...] = (
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("zb-h1", 1),
+    ("zb-h2", 1),
+    ("zb-v", 2),
+)
+MESSAGES = {"4 KiB": 4 * 1024, "1 MiB": 1024 * 1024}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule with one size of message."""
+
+    message: str
+    schedule: Schedule
+    predicted: Simulation
+    measured: Timeline
+
+    @property
+    def error(self) -> float:
+        """Of the simulator: measured over predicted step, less 1."""
+        return self.measured.step_time_s / self.predicted.step_time_s - 1
+
+
+def durations(schedule: Schedule) -> Durations:
+    """Of one virtual stage."""
+    part = schedule.num_ranks / schedule.num_stages
+    return Durations(OF_RANK.forward * part, OF_RANK.input * part, OF_RANK.weight * part)
+
+
+def closed_form(schedule: Schedule) -> float | None:
+    """The published bubble fraction of the whole step where there is a formula."""
+    p, m, v = schedule.num_ranks, schedule.num_micro_batches, schedule.num_stages // schedule.num_ranks
+    match schedule.kind:
+        case "gpipe" | "1f1b" | "interleaved":
+            return (p - 1) / (p - 1 + m * v)
+        case "zb-h1":  # (p - 1)(F + I - W) idle beside m (F + I + W)
+            return (p - 1) / (p - 1 + 3 * m)
+    return None
+
+
+def rehearse(rank: int, store: str, schedules: list[Schedule], num_bytes: int, steps: int) -> list[list[Timeline]]:
+    """One process: every step's timeline of every schedule."""
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, RANKS),
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    axis = Axis("pp", tuple(range(RANKS)), rank, dist.group.WORLD)
+    shape = (num_bytes // 4,)
+    timelines: list[list[Timeline]] = []
+    for schedule in schedules:
+        each = durations(schedule)
+        stages = {
+            stage: EmulatedStage(each.forward, each.input + each.weight, each.input, each.weight, shape)
+            for stage, place in enumerate(schedule.placement)
+            if place == rank
+        }
+        pipeline = Pipeline(schedule, axis, stages, message_shape=shape, dtype=torch.float32, device=CPU)
+        timelines.append([])
+        for step in range(-1, steps):  # the first one opens connections
+            dist.barrier()
+            spans = pipeline.run()
+            timeline = gather_timeline(schedule, axis, spans, CPU)
+            if step >= 0:
+                timelines[-1].append(timeline)
+    dist.destroy_process_group()
+    return timelines
+
+
+def ping_pong(rank: int, store: str, num_bytes: int, rounds: int = 200) -> float:
+    """Median seconds that a message takes from one process to another."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    message, seconds = torch.zeros(num_bytes // 4), []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for sends in (rank == 0, rank == 1):
+            if sends:
+                dist.send(message, 1 - rank)
+            else:
+                dist.recv(message, 1 - rank)
+        seconds.append((time.perf_counter() - begin) / 2)
+    dist.destroy_process_group()
+    return statistics.median(seconds)
+
+
+def in_processes(count: int, function, *arguments):  # type: ignore[no-untyped-def]
+    """`function(rank, store, *arguments)` in fresh processes; the first rank's answer."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["triaxial.parallel.pipeline"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, mp_context=context) as pool:
+        store = str(Path(folder) / "store")
+        futures = [pool.submit(function, rank, store, *arguments) for rank in range(count)]
+        return [future.result() for future in futures][0]
+
+
+def run_all(steps: int) -> tuple[Transfer, list[Row]]:
+    """The link that was measured, and every schedule with every size of message."""
+    latency_s, large_s = (in_processes(2, ping_pong, num_bytes) for num_bytes in MESSAGES.values())
+    bytes_per_s = MESSAGES["1 MiB"] / (large_s - latency_s)
+    schedules = [build_schedule(k, ranks=RANKS, micro_batches=MICRO_BATCHES, virtual_stages=v) for k, v in KINDS]
+    rows = []
+    for name, num_bytes in MESSAGES.items():
+        link = Transfer(num_bytes, latency_s, bytes_per_s)
+        measured = in_processes(RANKS, rehearse, schedules, num_bytes, steps)
+        for schedule, timelines in zip(schedules, measured, strict=True):
+            costs = StageCosts.uniform(schedule.num_stages, durations(schedule), link)
+            middle = sorted(timelines, key=lambda timeline: timeline.step_time_s)[len(timelines) // 2]
+            rows.append(Row(name, schedule, simulate(schedule, costs), middle))
+    return link, rows
+
+
+def same_ranking(rows: list[Row]) -> bool:
+    """Whether of any two schedules that the simulator tells apart by more than 1 %, the same one is faster."""
+    return all(
+        (a.predicted.step_time_s < b.predicted.step_time_s) == (a.measured.step_time_s < b.measured.step_time_s)
+        for a, b in combinations(rows, 2)
+        if abs(a.predicted.step_time_s / b.predicted.step_time_s - 1) > 0.01
+    )
+
+
+def report(link: Transfer, rows: list[Row], steps: int) -> str:
+    """The section of docs/measured/schedules.md."""
+    lines = [
+        f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"torch {torch.__version__}: `python bench/rehearsal.py`, median of {steps} steps. A message between two "
+        f"processes takes {link.latency_s * 1e6:.0f} µs and {link.bytes_per_s / 1e9:.2f} GB/s.",
+        "",
+        "| message | schedule | predicted step | measured | difference | closed form | predicted bubble | measured |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        form = closed_form(row.schedule)
+        lines.append(
+            f"| {row.message} | {row.schedule.kind} | {row.predicted.step_time_s * 1e3:.1f} ms "
+            f"| {row.measured.step_time_s * 1e3:.1f} ms | {row.error:+.1%} | {'' if form is None else f'{form:.1%}'} "
+            f"| {row.predicted.timeline.bubble_fraction:.1%} | {row.measured.bubble_fraction:.1%} |"
+        )
+    worst = max(abs(row.error) for row in rows)
+    ranked = all(same_ranking([row for row in rows if row.message == name]) for name in MESSAGES)
+    lines += [
+        "",
+        f"Largest difference of a step {worst:.1%} (aim 5 %); the measured ranking of the schedules is "
+        f"{'the predicted one' if ranked else 'NOT the predicted one'}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rehearse every schedule with waits in place of compute.")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each schedule, of which the median counts")
+    parser.add_argument("--svg", type=Path, metavar="FOLDER", help="one picture a schedule, predicted above measured")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    link, rows = run_all(options.steps)
+    text = report(link, rows, options.steps)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    if options.markdown:
+        write_atomically(options.markdown, text)
+    if options.svg:
+        options.svg.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            if row.message == "1 MiB":
+                named = [("predicted", row.predicted.timeline), ("measured", row.measured)]
+                write_atomically(options.svg / f"rehearsal-{row.schedule.kind}.svg", timeline_svg(named))
+
+
+if __name__ == "__main__":
+    main()

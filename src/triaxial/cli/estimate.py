@@ -1,0 +1,59 @@
+"""`triaxial estimate`: the price of one layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+from triaxial.cli.options import WorkloadGroup, as_json, console, model_and_cluster, print_json, training_work
+from triaxial.cluster.spec import Cluster, load_cluster
+from triaxial.model.spec import ModelSpec, load_model_spec
+from triaxial.plan.layout import Layout, parse_layout
+from triaxial.plan.training import estimate
+from triaxial.plan.workload import Training
+from triaxial.report.tables import estimate_table
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `estimate` was asked about, before the workload is known."""
+
+    model: ModelSpec
+    cluster: Cluster
+    layout: Layout
+
+
+@click.group(name="estimate", cls=WorkloadGroup)
+@model_and_cluster
+@click.option("--layout", required=True, help="Like tp=8,pp=4,dp=2,mb=1.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    cluster: str,
+    inter: str | None,
+    intra: str | None,
+    gpu_price: float | None,
+    layout: str,
+) -> None:
+    """Price one LAYOUT of MODEL on a cluster."""
+    ctx.obj = Question(
+        load_model_spec(model),
+        load_cluster(cluster, inter=inter, intra=intra, gpu_price_per_hour=gpu_price),
+        parse_layout(layout),
+    )
+
+
+@command.command()
+@training_work
+@as_json
+@click.pass_obj
+def train(question: Question, global_batch: int, seq_len: int, precision: str, optimizer: str, json_out: bool) -> None:
+    """Price a training step."""
+    work = Training(global_batch=global_batch, seq_len=seq_len, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
+    priced = estimate(question.model, question.cluster, work, question.layout)
+    if json_out:
+        print_json(priced.to_dict())
+    else:
+        console().print(estimate_table(priced))

@@ -1,0 +1,50 @@
+"""`Practice`: what a training program does that no layout says (which kernels it has, what it hides behind what)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+AttentionKernel = Literal["unfused", "flash-1", "flash-2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Practice:
+    """Facts about a training program. The defaults describe Triaxial's own runtime.
+
+    They are facts to look up in a program's source, not numbers to fit: published measurements are predicted with
+    the practice of the program that made them.
+    """
+
+    attention: AttentionKernel = "flash-2"
+    """`unfused` writes the score matrix to memory; `flash-1` (arXiv 2205.14135) and `flash-2` (2307.08691) do not."""
+    dropout: bool = False
+    """Dropout on attention scores and on both residual branches, each with its saved mask."""
+    fused_passes: bool = True
+    """Chains of element-wise operations run as one kernel (hand-written, or by a compiler)."""
+    fused_accumulation: bool = False
+    """The weight-gradient product adds to the gradient buffer itself; False adds in a pass of its own."""
+    selective: Literal["attention", "half"] = "attention"
+    """What selective recomputation runs again: the attention core (arXiv 2205.05198), or half of everything
+    (every second layer or product)."""
+    gradient_bytes: int = 4
+    """Bytes per gradient element as accumulated over micro-batches and reduced over dp."""
+    reduce_bytes: int = 4
+    """Bytes per gradient element as sent over dp."""
+    overlap_gradients: bool = True
+    """The dp reduction of a layer runs while the backward pass goes on."""
+    messages_per_layer: int = 1
+    """Collectives into which the parameters, or gradients, of one layer are cut when they are sent layer by layer."""
+    overlap_parameters: bool = True
+    """The all-gather of sharded parameters runs ahead of the forward pass that needs them."""
+    overlap_tensor: bool = False
+    """Tensor-parallel collectives are split and hidden behind their matrix multiplications."""
+    overlap_pipeline: bool = True
+    """A rank computes while its output travels; False is a blocking exchange after each action."""
+    staggered_steps: bool = False
+    """A pipeline rank updates its parameters and goes on without waiting for the others, and rolls back if the
+    global gradient norm says so (arXiv 2401.10241, section 4)."""
+
+
+OURS = Practice()
+"""What Triaxial's own runtime does."""
