@@ -34,6 +34,7 @@ BOUNDS = {
     "interference": (0.01, 1.0),
     "spread": (0.001, 0.02),
     "held_rate": (0.6, 1.0),
+    "throttled_rate": (0.6, 1.0),
     "step_s": (0.001, 0.1),
 }
 PRIOR = TrainingConstants(
@@ -43,6 +44,7 @@ PRIOR = TrainingConstants(
     interference=0.1,
     spread=0.01,
     held_rate=0.9,
+    throttled_rate=0.95,
     step_s=0.01,
 )
 """Where fits start: what one would guess from the literature."""

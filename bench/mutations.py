@@ -50,7 +50,7 @@ MUTATIONS = [
         "backward all-reduce of column-parallel layers removed",
         "parallel/tensor.py",
         "else tp.axis.all_reduce_async(dn)",
-        "else Pending(tp.axis, '', [], lambda: dn)",
+        "else Pending(tp.axis, '', lambda: dn)",
         "fewer_kv_heads",
     ),
     Mutation(
@@ -126,9 +126,9 @@ MUTATIONS = [
     Mutation(
         "ZeRO-3 uses parameters of the step before",
         "parallel/data.py",
-        "self._gathering = self.shard.all_gather_async(self.master.to(whole.dtype), out=whole)",
-        "self._old = getattr(self, '_old', None) if hasattr(self, '_old') else self.master.clone(); "
-        "self._gathering = self.shard.all_gather_async(self._old.to(whole.dtype), out=whole)",
+        "self._gathering = self.shard.all_gather_async(self._mine, out=whole)",
+        "self._old = self._mine.clone() if not hasattr(self, '_old') else self._old; "
+        "self._gathering = self.shard.all_gather_async(self._old, out=whole)",
         "any_order",
     ),
 ]

@@ -77,10 +77,9 @@ class Unit:
         self._sums = torch.zeros(self.numel, dtype=precision.master, device=device)
         self.tensors = {p.name: self._parameter(p) for p in self.parameters}
         mine = self._whole[self.start : self.start + shard_numel]
-        shares_memory = precision.compute == precision.master and self.zero < 3
-        self.master = mine if shares_memory else mine.to(precision.master, copy=True)
+        self._mine = mine if self.zero < 3 else mine.clone()  # in the compute type, as it is gathered
+        self.master = mine.to(precision.master) if precision.master != precision.compute else self._mine
         self.gradient = self._sums if self.shard.size == 1 else torch.zeros_like(self.master)
-        self._mine = mine if self.zero < 3 else None
         self._gathering: Pending | None = None
         self._reducing: Pending | None = None
         self.counts = True
@@ -98,10 +97,10 @@ class Unit:
         with torch.no_grad():
             for parameter in self.parameters:
                 fill(parameter, self.tensors[parameter.name].data, source)
-            end = self.start + self.master.numel()
-            self.master.copy_(self._whole.data[self.start : end])
-        if self.zero == 3:
-            self.release()
+            mine = self._whole.data[self.start : self.start + self.master.numel()]
+            self.master.copy_(mine)
+            self._mine.data.copy_(mine)
+        self.release()
 
     def add_user(self) -> None:
         """One more block reads this unit in every forward pass (a tied embedding has two)."""
@@ -115,7 +114,7 @@ class Unit:
             _allocate(self._whole)
             # Written through `.data`: autograd must not see its saved views change between the passes.
             whole = self._whole.data
-            self._gathering = self.shard.all_gather_async(self.master.to(whole.dtype), out=whole)
+            self._gathering = self.shard.all_gather_async(self._mine, out=whole)
 
     def gather(self) -> None:
         """The parameters are whole when this returns."""
@@ -130,12 +129,10 @@ class Unit:
             self._whole.untyped_storage().resize_(0)
 
     def publish(self) -> None:
-        """After the optimizer: bring the updated shards back into every rank's whole parameters."""
-        if self._mine is None:
-            return
+        """After the optimizer: bring the updated shards back into the parameters that are computed with."""
         if self._mine.data_ptr() != self.master.data_ptr():
             self._mine.data.copy_(self.master)
-        if self.shard.size > 1:
+        if self.shard.size > 1 and self.zero < 3:
             self._gathering = self.shard.all_gather_async(self._mine.data, out=self._whole.data)
 
     # Gradients.

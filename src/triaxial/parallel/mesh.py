@@ -16,11 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triaxial.parallel.host import Combine, SharedMemory, host_identity
 from triaxial.plan.layout import Layout
-
-# Gloo runs one ring per call; for two ranks a plain exchange saves a round trip, and torch adds halves
-# faster than Gloo's own bf16 loop. Above this size in fp32 the ring's halved messages win.
-EXCHANGE_LIMIT_BYTES = 256 * 1024
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -34,14 +31,15 @@ class CommunicationError(RuntimeError):
 class Pending:
     """A collective in flight: `wait()` ends it and returns its result."""
 
-    def __init__(self, axis: Axis, operation: str, works: list[dist.Work], finish: Callable[[], Tensor]) -> None:
-        self._axis, self._operation, self._works, self._finish = axis, operation, works, finish
+    def __init__(self, axis: Axis, operation: str, finish: Callable[[], Tensor]) -> None:
+        self._axis, self._operation, self._finish = axis, operation, finish
+        self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
-        with self._axis.naming(self._operation):
-            for work in self._works:
-                work.wait()
-        return self._finish()
+        if self._result is None:
+            with self._axis.naming(self._operation):
+                self._result = self._finish()
+        return self._result
 
 
 @dataclass
@@ -54,8 +52,11 @@ class Axis:
     group: dist.ProcessGroup | None = None
     timeout: timedelta | None = None
     """How long a rank waits for another; None is the backend's default."""
+    shared: SharedMemory | None = None
+    """Where all ranks are processes of one host: collectives go through it instead of the backend."""
     traffic: Counter[str] = field(default_factory=Counter)
     """Bytes this rank put into each kind of collective, as the planner counts them."""
+    _in_flight: Pending | None = None
 
     @property
     def size(self) -> int:
@@ -80,23 +81,21 @@ class Axis:
         return self.all_reduce_async(x).wait()
 
     def all_reduce_async(self, x: Tensor) -> Pending:
-        if self.size == 1:
-            return Pending(self, "all_reduce", [], lambda: x)
-        self._count("all_reduce", x)
-        with self.naming("all_reduce"):
-            if self._exchange_is_faster(x):
-                other, works = self._swap(x)
-                return Pending(self, "all_reduce", works, lambda: x.add_(other))
-            work = dist.all_reduce(x, group=self.group, async_op=True)
-        return Pending(self, "all_reduce", [work], lambda: x)
+        return self._reduce(x, dist.ReduceOp.SUM, Tensor.add_)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Largest value of each element over the axis, in place."""
-        if self.size > 1:
-            self._count("all_reduce", x)
-            with self.naming("all_reduce"):
-                dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
-        return x
+        return self._reduce(x, dist.ReduceOp.MAX, lambda a, b: torch.maximum(a, b, out=a)).wait()
+
+    def _reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType, combine: Combine) -> Pending:
+        if self.size == 1:
+            return self._done(x)
+        self._count("all_reduce", x)
+        if self.shared is not None:
+            return self._through_memory("all_reduce", self.shared.all_reduce(x, combine), x)
+        with self.naming("all_reduce"):
+            work = dist.all_reduce(x, op=operation, group=self.group, async_op=True)
+        return self._through_backend("all_reduce", work, lambda: x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate every rank's `x` along dimension 0: [n, ...] -> [size * n, ...]."""
@@ -104,16 +103,16 @@ class Axis:
 
     def all_gather_async(self, x: Tensor, out: Tensor | None = None) -> Pending:
         """Start an all-gather into `out` (which may hold `x` as its own part already)."""
-        if self.size == 1 and out is None:
-            return Pending(self, "all_gather", [], lambda: x)
-        if out is None:
-            out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         if self.size == 1:
-            return Pending(self, "all_gather", [], lambda: out.copy_(x))
-        self._count("all_gather", out)
+            return self._done(x if out is None else out.copy_(x))
+        x = x.contiguous()
+        gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:])) if out is None else out
+        self._count("all_gather", gathered)
+        if self.shared is not None:
+            return self._through_memory("all_gather", self.shared.all_gather(x, gathered), gathered)
         with self.naming("all_gather"):
-            work = _all_gather(out, x.contiguous(), group=self.group, async_op=True)
-        return Pending(self, "all_gather", [work], lambda: out)
+            work = _all_gather(gathered, x, group=self.group, async_op=True)
+        return self._through_backend("all_gather", work, lambda: gathered)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum `x` over the axis and keep this rank's part of dimension 0: [size * n, ...] -> [n, ...]."""
@@ -121,31 +120,47 @@ class Axis:
 
     def reduce_scatter_async(self, x: Tensor) -> Pending:
         if self.size == 1:
-            return Pending(self, "reduce_scatter", [], lambda: x)
+            return self._done(x)
         self._count("reduce_scatter", x)
-        n = x.shape[0] // self.size
+        x = x.contiguous()
+        shape = (x.shape[0] // self.size, *x.shape[1:])
+        if self.shared is not None:
+            part = x.new_empty(shape)
+            return self._through_memory("reduce_scatter", self.shared.reduce_scatter(x, part, Tensor.add_), part)
         with self.naming("reduce_scatter"):
             if x.is_cuda:
-                part = x.new_empty((n, *x.shape[1:]))
-                work = _reduce_scatter(part, x.contiguous(), group=self.group, async_op=True)
-                return Pending(self, "reduce_scatter", [work], lambda: part)
+                part = x.new_empty(shape)
+                work = _reduce_scatter(part, x, group=self.group, async_op=True)
+                return self._through_backend("reduce_scatter", work, lambda: part)
             # Gloo's reduce-scatter moves whole buffers; an all-to-all moves only what is needed.
-            parts = torch.empty_like(x, memory_format=torch.contiguous_format)
-            work = dist.all_to_all_single(parts, x.contiguous(), group=self.group, async_op=True)
-        return Pending(self, "reduce_scatter", [work], lambda: parts.view(self.size, n, *x.shape[1:]).sum(0))
+            parts = torch.empty_like(x)
+            work = dist.all_to_all_single(parts, x, group=self.group, async_op=True)
+        return self._through_backend("reduce_scatter", work, lambda: parts.view(self.size, *shape).sum(0))
 
-    def _exchange_is_faster(self, x: Tensor) -> bool:
-        if self.size != 2 or x.is_cuda:
-            return False
-        return x.dtype in (torch.bfloat16, torch.float16) or x.numel() * x.element_size() <= EXCHANGE_LIMIT_BYTES
+    def _done(self, result: Tensor) -> Pending:
+        return Pending(self, "", lambda: result)
 
-    def _swap(self, x: Tensor) -> tuple[Tensor, list[dist.Work]]:
-        peer = self.ranks[1 - self.index]
-        other = torch.empty_like(x)
-        receive, send = dist.irecv(other, peer, group=self.group), dist.isend(x, peer, group=self.group)
-        assert receive is not None
-        assert send is not None
-        return other, [receive, send]
+    def _through_backend(self, operation: str, work: dist.Work, result: Callable[[], Tensor]) -> Pending:
+        def finish() -> Tensor:
+            work.wait()
+            return result()
+
+        return Pending(self, operation, finish)
+
+    def _through_memory(self, operation: str, steps: Iterator[None], result: Tensor) -> Pending:
+        """Post the operation's first message, after completing the one before it on this axis."""
+        if self._in_flight is not None:
+            self._in_flight.wait()
+        with self.naming(operation):
+            next(steps, None)
+
+        def finish() -> Tensor:
+            for _ in steps:
+                pass
+            return result
+
+        self._in_flight = Pending(self, operation, finish)
+        return self._in_flight
 
 
 @dataclass(frozen=True)
@@ -206,18 +221,29 @@ def build_mesh(
         "pp": [{"pp": i} for i in range(layout.pp)],
     }
     axes = {
-        name: _open_axis(name, [rank_at(layout, here | m) for m in places], rank, timeout)
+        name: _open_axis(name, [rank_at(layout, here | m) for m in places], rank, device, timeout)
         for name, places in members.items()
     }
     world = Axis("world", tuple(range(layout.world_size)), rank, dist.group.WORLD if layout.world_size > 1 else None)
     return Mesh(layout=layout, rank=rank, world=world, device=device, **axes)
 
 
-def _open_axis(name: str, ranks: list[int], rank: int, timeout: timedelta | None) -> Axis:
-    group = open_group(ranks, rank, timeout) if len(ranks) > 1 else None
+def _open_axis(name: str, ranks: list[int], rank: int, device: torch.device, timeout: timedelta | None) -> Axis:
+    if len(ranks) == 1:
+        return Axis(name, (rank,), 0)
+    group = open_group(ranks, rank, timeout)
     if rank not in ranks:  # a pipeline rank between the two ends
-        return Axis(name, (rank,), 0, timeout=timeout)
-    return Axis(name, tuple(ranks), ranks.index(rank), group, timeout)
+        return Axis(name, (rank,), 0)
+    axis = Axis(name, tuple(ranks), ranks.index(rank), group, timeout)
+    if device.type == "cpu" and _on_one_host(group, len(ranks)):
+        axis.shared = SharedMemory(group, axis.ranks, axis.index, timeout)
+    return axis
+
+
+def _on_one_host(group: dist.ProcessGroup, size: int) -> bool:
+    identities = [""] * size
+    dist.all_gather_object(identities, host_identity(), group=group)
+    return len(set(identities)) == 1
 
 
 def open_group(ranks: Sequence[int], rank: int, timeout: timedelta | None = None) -> dist.ProcessGroup:

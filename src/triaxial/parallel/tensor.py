@@ -111,8 +111,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _rms(x: Tensor, eps: float) -> Tensor:
     """Reciprocal root mean square of the last dimension: [..., n] -> [..., 1]."""
-    x = _wide(x)
-    return torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _normalise(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
@@ -122,10 +122,13 @@ def _normalise(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 def _norm_backward(x: Tensor, rstd: Tensor, weight: Tensor, dn: Tensor) -> Tensor:
     """Input gradient of the RMS norm; the weight's goes to its main_grad."""
     unit, dn = _wide(x) * rstd, _wide(dn)
-    _add(weight, (dn * unit).reshape(-1, x.shape[-1]).sum(0))
     dunit = dn * weight
-    projection = (dunit * unit).mean(-1, keepdim=True)
-    return dunit.sub_(unit.mul_(projection)).mul_(rstd).to(x.dtype)
+    product = dn * unit
+    # A product with a vector sums faster than a reduction over rows or columns does.
+    projection = product @ weight.to(product.dtype) / x.shape[-1]
+    rows = product.reshape(-1, x.shape[-1])
+    _add(weight, rows.new_ones(rows.shape[0]) @ rows)
+    return dunit.addcmul_(unit, projection.unsqueeze(-1), value=-1).mul_(rstd).to(x.dtype)
 
 
 class _NormColumn(Function):
@@ -190,7 +193,7 @@ def _gate_backward(x: Tensor, dh: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, dim=-1)
     torch.mul(F.silu(gate), dh, out=dup)
-    dgate.copy_(torch.ops.aten.silu_backward(dh.mul_(up), gate))
+    torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dgate)
     return dx
 
 

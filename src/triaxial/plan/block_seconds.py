@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from triaxial.cluster.hardware import Device
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.blocks import dense_layer, embedding, expert_layer, head
 from triaxial.plan.layouts import RECOMPUTES, LayoutTable, distinct
@@ -20,6 +21,11 @@ from triaxial.plan.training_constants import TrainingConstants
 from triaxial.plan.workload import Training
 
 Floats = NDArray[np.float64]
+
+
+POWER_LIMITED_W_PER_TFLOP = 1.0
+"""Watts per peak 16-bit TFLOP/s below which power, not the clock's ceiling, limits long runs of matrix products: the
+A100 has 1.28, the H100 0.71, Blackwell about 0.5."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ def model_seconds(
     Args:
         recompute: positions in `RECOMPUTES`, one per layout; layers recompute, embedding and head do not.
     """
-    slowest = waiting(priced.placement.cluster.num_gpus, constants)
+    cluster = priced.placement.cluster
+    slowest, rate = waiting(cluster.num_gpus, constants), held_rate(cluster.device, constants)
     first, which = distinct(priced.which, recompute)
     shards, again = priced.which[first], recompute[first]
 
@@ -136,7 +143,7 @@ def model_seconds(
         forward, core = seconds.forward.take(shards), seconds.core.take(shards)
         input_grad = seconds.input_grad.take(shards) + recomputed(forward, core, again, practice)
         phases = (forward, input_grad, seconds.weight_grad.take(shards))
-        table = np.stack([exposed(phase, slowest, practice, constants) for phase in phases])
+        table = np.stack([exposed(phase, slowest, rate, practice, constants) for phase in phases])
         return BlockSeconds(table[:, :, which])
 
     never = np.zeros_like(again)
@@ -162,7 +169,7 @@ def recomputed(forward: Seconds, core: Seconds, recompute: NDArray[np.int64], pr
     return forward.times(full) + chosen.times(selective)
 
 
-def exposed(phase: Seconds, slowest: float, practice: Practice, constants: TrainingConstants) -> Floats:
+def exposed(phase: Seconds, slowest: float, rate: float, practice: Practice, constants: TrainingConstants) -> Floats:
     """Seconds of a phase by part, [part, shard], after hiding what can hide.
 
     Context parallelism's ring runs beside attention (arXiv 2310.01889); tensor-parallel collectives beside the
@@ -170,8 +177,9 @@ def exposed(phase: Seconds, slowest: float, practice: Practice, constants: Train
 
     Args:
         slowest: time of the slowest device over that of the average one; all others wait for it.
+        rate: share of an isolated kernel's arithmetic rate that devices hold.
     """
-    arithmetic = slowest / constants.held_rate
+    arithmetic = slowest / rate
     matmul, attention = phase.matmul * arithmetic, phase.attention * arithmetic
     compute, tp = matmul + attention + phase.passes * slowest, phase.tp
     hidden_cp = np.minimum(phase.cp, constants.overlap_share * attention)
@@ -182,6 +190,13 @@ def exposed(phase: Seconds, slowest: float, practice: Practice, constants: Train
     host = phase.kernels * constants.host_s_per_kernel + phase.collectives * constants.host_s_per_collective
     compute = np.maximum(compute + constants.interference * hidden_cp, host - communication)
     return np.stack([compute, tp, phase.cp - hidden_cp, phase.ep])
+
+
+def held_rate(device: Device, constants: TrainingConstants) -> float:
+    """Share of an isolated kernel's arithmetic rate that a device holds in training. One with little power for its
+    peak lowers its clock when every multiprocessor is busy for long."""
+    power = device.power_w / (device.peak("fp16") / 1e12)
+    return constants.held_rate * (constants.throttled_rate if power < POWER_LIMITED_W_PER_TFLOP else 1.0)
 
 
 def waiting(num_gpus: int, constants: TrainingConstants) -> float:

@@ -80,7 +80,7 @@ def explain(model: ModelSpec, cluster: Cluster, training: Training, winner: Esti
         *(rival.sentence(winner) for rival in rivals),
         *(flip.sentence() for flip in found if flip.at is not None),
     ]
-    steady = [f"{'more' if flip.upward else 'less'} {flip.what}" for flip in found if flip.at is None]
+    steady = [flip.direction for flip in found if flip.at is None]
     if steady:
         sentences.append(f"The mixture stays with up to {2**REACH}x {', '.join(steady)}.")
     return Why(tuple(sentences), rivals, sensitivity, found)

@@ -40,9 +40,14 @@ class Flip:
     """Empty for counts, which are tried in doublings only."""
     upward: bool
 
+    @property
+    def direction(self) -> str:
+        """`more network per NIC`, `fewer GPUs`."""
+        return f"{'more' if self.upward else 'fewer' if self.what == 'GPUs' else 'less'} {self.what}"
+
     def sentence(self) -> str:
         if self.at is None:
-            return f"With up to {2**REACH}x {'more' if self.upward else 'less'} {self.what} no other mixture wins"
+            return f"With up to {2**REACH}x {self.direction} no other mixture wins"
         winner = f"{self.layout} wins" if self.layout else "nothing fits"
         if not self.unit:
             return f"{self.what} {self.at:,.0f} (now {self.now:,.0f}): {winner}"
@@ -81,7 +86,7 @@ def _resources(cluster: Cluster) -> list[tuple[str, Resource, float, str]]:
         ("GPU memory", "memory", cluster.device.memory_bytes / 2**30, "GiB"),
     ]
     inside = [tier for tier in cluster.tiers if tier.link not in NETWORK_LINKS]
-    if inside:
+    if inside and cluster.num_gpus > 1:
         rows.append(("link inside a node", "links inside a node", inside[0].bandwidth_bytes_per_s / 1e9, "GB/s"))
     if has_network(cluster):
         rate = next(tier.bandwidth_bytes_per_s for tier in cluster.tiers if tier.link in NETWORK_LINKS)
@@ -153,7 +158,10 @@ def _doubling(
         if not upward and count % 2:
             break
         count = count * 2 if upward else count // 2
-        found = wins(vary(count))
+        try:
+            found = wins(vary(count))
+        except BadInput:  # nothing is known of such a cluster
+            break
         if not _same(found, winner):
             return Flip(what, now, count, str(found or ""), "", upward)
     return Flip(what, now, None, "", "", upward)

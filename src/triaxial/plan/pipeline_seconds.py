@@ -36,27 +36,42 @@ class StageSeconds:
         )
 
 
-def bubble_seconds(schedule: Ints, vpp: Ints, others: StageSeconds, staggered: bool = False) -> Floats:
+def bubble_seconds(
+    schedule: Ints,
+    pp: Ints,
+    vpp: Ints,
+    micro_batches: Ints,
+    own: StageSeconds,
+    others: StageSeconds,
+    staggered: bool = False,
+) -> Floats:
     """Idle seconds of the slowest rank while the pipeline fills and drains.
 
     Args:
         schedule: positions in `SCHEDULES`.
         vpp: virtual stages per rank.
+        own: seconds of the slowest rank.
         others: seconds of all ranks but the slowest, added up.
         staggered: a rank begins its next step while others still finish this one.
 
     Sources: GPipe and 1F1B (p-1) (F+B+W), interleaved 1/v of it (arXiv 2104.04473, section 2.2); ZB-H1 (p-1) (F+B-W)
-    and ZB-H2 (p-1) (F+B-2W) (arXiv 2401.10241, table 1), but unless staggered no less than the last rank waits for
-    its first input, (p-1) F; ZB-V starts and ends on one rank, and waits for half of the longer of F and B
-    (arXiv 2405.15362, section 3.3).
+    and ZB-H2 (p-1) (F+B-2W) (arXiv 2401.10241, table 1), as far as there are micro-batches whose W can fill: all but
+    the last; but unless staggered no less than the last rank waits for its first input, (p-1) F. ZB-V starts and
+    ends on one rank, and waits for half of the longer of F and B (arXiv 2405.15362, section 3.3), or for the way of
+    the first micro-batch there and back while the others follow at the pace of the longer of F and B.
     """
     chain = others.forward + others.input_grad
     first_input = 0.0 if staggered else others.forward
+    one_weight = others.weight_grad / np.maximum(pp - 1, 1)
+    longer = np.maximum(own.forward, own.input_grad)
+    there_and_back = chain + own.forward + own.input_grad + (micro_batches - 1) * longer + own.weight_grad / 2
     forms = {
         "interleaved": others.total / vpp,
-        "zb-h1": np.maximum(chain - others.weight_grad, others.forward),
-        "zb-h2": np.maximum(chain - 2 * others.weight_grad, first_input),
-        "zb-v": np.maximum(others.forward, others.input_grad) / 2,
+        "zb-h1": np.maximum(chain - one_weight * np.minimum(micro_batches - 1, pp - 1), others.forward),
+        "zb-h2": np.maximum(chain - one_weight * np.minimum(micro_batches - 1, 2 * (pp - 1)), first_input),
+        "zb-v": np.maximum(
+            np.maximum(others.forward, others.input_grad) / 2, there_and_back - micro_batches * own.total
+        ),
     }
     kinds = [schedule == SCHEDULES.index(name) for name in forms]
     return np.select(kinds, list(forms.values()), others.total)

@@ -124,7 +124,10 @@ def _smallest_that_fits(model: ModelSpec, cluster: Cluster, training: Training) 
     gpus = cluster.num_gpus
     for _ in range(10):
         gpus *= 2
-        larger = with_gpus(cluster, gpus)
+        try:
+            larger = with_gpus(cluster, gpus)
+        except BadInput:
+            break
         if _choose(model, larger, training, 1):
             return f"the smallest cluster that would do is {larger.name}"
     return f"no cluster of up to {gpus} such GPUs does with global batch {training.global_batch}"

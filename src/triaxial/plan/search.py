@@ -146,8 +146,9 @@ def _placed_differently(cluster: Cluster, every: LayoutTable) -> tuple[LayoutTab
     placement = place(cluster, every)
     sizes = (every.tp, every.pp, every.dp, every.cp, every.ep, every.mb, every.sp)
     links = (placement.spans[span] for span in ("tp", "cp", "pp", "data", "ep"))
-    # how parts of the data axis lie, where it has parts
-    inside = np.where(every.dp > 1, np.minimum(data_stride(every), cluster.gpus_per_node), 1)
+    # parts of the data axis lie alike too if all of it is in a node, or if they are equally many in one
+    stride, node = data_stride(every), cluster.gpus_per_node
+    inside = np.where(stride * every.dp * every.cp <= node, 0, np.minimum(stride, node))
     first = np.sort(distinct(*sizes, *links, inside)[0])
     return every.take(first), placement.take(first)
 

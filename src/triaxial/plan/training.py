@@ -113,9 +113,8 @@ def step_seconds(
     own = seconds.on_rank(slowest)
     whole = seconds.on_rank(all_ranks(model, len(table)))
     stage = StageSeconds(*own.sum(axis=1))
-    bubble = bubble_seconds(
-        table.schedule, table.vpp, StageSeconds(*whole.sum(axis=1)) - stage, practice.staggered_steps
-    )
+    others = StageSeconds(*whole.sum(axis=1)) - stage
+    bubble = bubble_seconds(table.schedule, table.pp, table.vpp, count, stage, others, practice.staggered_steps)
     compute, tp, cp, ep = own.sum(axis=0) * count
 
     # all stages reduce and update at once at the end: the one with the most parameters is waited for

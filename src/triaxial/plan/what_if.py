@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from triaxial.cluster.hardware import NETWORK_LINKS
-from triaxial.cluster.spec import Cluster
+from triaxial.cluster.spec import Cluster, load_cluster
 
 Resource = Literal["arithmetic", "memory bandwidth", "memory", "links inside a node", "network"]
 
@@ -46,19 +46,24 @@ def smaller_clusters(cluster: Cluster) -> list[Cluster]:
 
 
 def with_gpus(cluster: Cluster, gpus: int) -> Cluster:
-    """The cluster's first `gpus` devices, or a larger one whose outermost tier holds that many."""
+    """The cluster's first `gpus` devices, or a larger one of the same nodes.
+
+    Raises:
+        BadInput: more nodes than a cluster that has no network, of a device that the catalogue does not know.
+    """
     if gpus == cluster.num_gpus:
         return cluster
-    inner = [tier for tier in cluster.tiers[:-1] if tier.ranks < gpus and gpus % tier.ranks == 0]
-    outer = next((tier for tier in cluster.tiers if tier.ranks >= gpus), cluster.tiers[-1])
     per_node = min(cluster.gpus_per_node, gpus)
-    return cluster.model_copy(
-        update={
-            "name": f"{gpus // per_node}x{per_node}x{cluster.device.name}",
-            "tiers": (*inner, outer.model_copy(update={"ranks": gpus})),
-            "gpus_per_node": per_node,
-        }
-    )
+    name = f"{gpus // per_node}x{per_node}x{cluster.device.name}"
+    if gpus > cluster.num_gpus and not has_network(cluster):
+        known = load_cluster(name)
+        outer = tuple(tier for tier in known.tiers if tier.link in NETWORK_LINKS)
+        tiers = (*cluster.tiers, *outer) if outer else known.tiers
+    else:
+        inner = (tier for tier in cluster.tiers[:-1] if tier.ranks < gpus and gpus % tier.ranks == 0)
+        last = next((tier for tier in cluster.tiers if tier.ranks >= gpus), cluster.tiers[-1])
+        tiers = (*inner, last.model_copy(update={"ranks": gpus}))
+    return cluster.model_copy(update={"name": name, "tiers": tiers, "gpus_per_node": per_node})
 
 
 def _doublings(limit: int) -> list[int]:
