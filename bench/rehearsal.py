@@ -5,7 +5,7 @@
 Eight processes run each schedule's table with 32 micro-batches; a forward waits 5 ms, an input gradient 5 ms, a weight
 gradient 5 ms (a whole backward 10 ms), half of that on each of two stages of a rank. Messages travel through Gloo. The
 simulator predicts the same table with the same durations and with the latency and bandwidth that two of the processes
-measured beforehand by passing a message to and fro. What is measured is the median of the steps by duration.
+measured beforehand, sending to one that waits. What is measured is the median of the steps by duration.
 """
 
 from __future__ import annotations
@@ -115,18 +115,18 @@ def rehearse(rank: int, store: str, schedules: list[Schedule], num_bytes: int, s
     return timelines
 
 
-def ping_pong(rank: int, store: str, num_bytes: int, rounds: int = 200) -> float:
-    """Median seconds that a message takes from one process to another."""
+def one_way(rank: int, store: str, num_bytes: int, rounds: int = 100) -> float:
+    """Median seconds from before a send to after a receive that waited, as it does in a pipeline that idles."""
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    message, seconds = torch.zeros(num_bytes // 4), []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for sends in (rank == 0, rank == 1):
-            if sends:
-                dist.send(message, 1 - rank)
-            else:
-                dist.recv(message, 1 - rank)
-        seconds.append((time.perf_counter() - begin) / 2)
+    message, seconds = torch.zeros(num_bytes // 8, dtype=torch.float64), []
+    for sender in (0, 1) * rounds:
+        if rank == sender:
+            time.sleep(OF_RANK.forward)
+            message[0] = time.perf_counter()  # processes of one machine share this clock
+            dist.send(message, 1 - rank)
+        else:
+            dist.recv(message, 1 - rank)
+            seconds.append(time.perf_counter() - float(message[0]))
     dist.destroy_process_group()
     return statistics.median(seconds)
 
@@ -138,12 +138,13 @@ def in_processes(count: int, function, *arguments):  # type: ignore[no-untyped-d
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, mp_context=context) as pool:
         store = str(Path(folder) / "store")
         futures = [pool.submit(function, rank, store, *arguments) for rank in range(count)]
-        return [future.result() for future in futures][0]
+        first, *_ = [future.result() for future in futures]
+        return first
 
 
 def run_all(steps: int) -> tuple[Transfer, list[Row]]:
     """The link that was measured, and every schedule with every size of message."""
-    latency_s, large_s = (in_processes(2, ping_pong, num_bytes) for num_bytes in MESSAGES.values())
+    latency_s, large_s = (in_processes(2, one_way, num_bytes) for num_bytes in MESSAGES.values())
     bytes_per_s = MESSAGES["1 MiB"] / (large_s - latency_s)
     schedules = [build_schedule(k, ranks=RANKS, micro_batches=MICRO_BATCHES, virtual_stages=v) for k, v in KINDS]
     rows = []
@@ -171,7 +172,7 @@ def report(link: Transfer, rows: list[Row], steps: int) -> str:
     lines = [
         f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}: `python bench/rehearsal.py`, median of {steps} steps. A message between two "
-        f"processes takes {link.latency_s * 1e6:.0f} µs and {link.bytes_per_s / 1e9:.2f} GB/s.",
+        f"processes takes {link.latency_s * 1e6:.0f} µs and its bytes {link.bytes_per_s / 1e9:.2f} GB/s.",
         "",
         "| message | schedule | predicted step | measured | difference | closed form | predicted bubble | measured |",
         "|---|---|---:|---:|---:|---:|---:|---:|",

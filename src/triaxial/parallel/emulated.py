@@ -14,7 +14,10 @@ from torch import Tensor
 
 @dataclass
 class EmulatedStage:
-    """Takes the given seconds for each kind of action and passes on messages of the right shape and type."""
+    """Takes the given seconds for each kind of action and passes on messages of the right shape and type.
+
+    A wait that ends late, as waits do, shortens the stage's next one: the mean is as given.
+    """
 
     forward_s: float
     backward_s: float
@@ -24,21 +27,27 @@ class EmulatedStage:
     message_shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     _message: Tensor = field(init=False)
+    _late_s: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self._message = torch.zeros(self.message_shape, dtype=self.dtype)
 
     def forward(self, micro_batch: int, x: Tensor | None, *, train: bool) -> Tensor:
-        time.sleep(self.forward_s)
+        self._wait(self.forward_s)
         return self._message
 
     def backward(self, micro_batch: int, dy: Tensor | None, *, last: bool) -> Tensor | None:
-        time.sleep(self.backward_s)
+        self._wait(self.backward_s)
         return self._message
 
     def backward_input(self, micro_batch: int, dy: Tensor | None) -> Tensor | None:
-        time.sleep(self.input_s)
+        self._wait(self.input_s)
         return self._message
 
     def backward_weight(self, micro_batch: int, *, last: bool) -> None:
-        time.sleep(self.weight_s)
+        self._wait(self.weight_s)
+
+    def _wait(self, seconds: float) -> None:
+        begin = time.perf_counter()
+        time.sleep(max(0.0, seconds - self._late_s))
+        self._late_s += time.perf_counter() - begin - seconds

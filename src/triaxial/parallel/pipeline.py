@@ -99,9 +99,9 @@ class Pipeline:
         step = _Step(self, train)
         marks = []
         for i, action in enumerate(actions):
+            for coming in actions[i : i + 2]:
+                step.expect(coming)
             x = step.receive(action)
-            if i + 1 < len(actions):
-                step.expect(actions[i + 1])
             begin = self._clock.now()
             y = self._execute(action, x, train)
             marks.append((begin, self._clock.now()))
@@ -162,7 +162,6 @@ class _Step:
             return None
         if message.source == message.target:
             return self._kept.pop(action)
-        self.expect(action)
         work, buffer = self._posted.pop(action)
         with self._naming(_receiving(message)):
             work.wait()
