@@ -1,4 +1,4 @@
-"""How fast schedules are simulated. Prints one Markdown table: `python bench/schedules.py`."""
+"""How fast schedules are simulated, and what the executor adds to an action. Prints one Markdown table: `python bench/schedules.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import torch
+from torch import Tensor
+
+from triaxial.parallel.mesh import Axis
+from triaxial.parallel.pipeline import Pipeline
 from triaxial.plan.schedule import Durations, ScheduleKind, build_schedule
 from triaxial.plan.simulate import StageCosts, Transfer, simulate
+from triaxial.plan.timeline import Span
 from triaxial.plan.validate_schedule import check_schedule
 
 TRANSFER = Transfer(num_bytes=64e6, latency_s=5e-6, bytes_per_s=50e9)
@@ -47,6 +53,39 @@ SIMULATED: tuple[tuple[ScheduleKind, int, int, int, str], ...] = (
 )
 
 
+class Nothing:
+    """A stage that takes no time."""
+
+    y = torch.zeros(1)
+
+    def forward(self, micro_batch: int, x: Tensor | None, *, train: bool) -> Tensor:
+        return self.y
+
+    def backward(self, micro_batch: int, dy: Tensor | None, *, last: bool) -> Tensor | None:
+        return self.y
+
+    def backward_input(self, micro_batch: int, dy: Tensor | None) -> Tensor | None:
+        return self.y
+
+    def backward_weight(self, micro_batch: int, *, last: bool) -> None:
+        pass
+
+
+def executor() -> tuple[int, float, float]:
+    """Actions of one rank that sends nothing, seconds of running them, and seconds of recording them alone."""
+    schedule = build_schedule("zb-v", ranks=1, micro_batches=512)
+    stages = {0: Nothing(), 1: Nothing()}
+    cpu = torch.device("cpu")
+    pipeline = Pipeline(schedule, Axis("pp", (0,), 0), stages, message_shape=(1,), dtype=torch.float32, device=cpu)
+    actions = schedule.ranks[0]
+
+    def record() -> list[Span]:
+        marks = [(time.perf_counter(), time.perf_counter()) for _ in actions]
+        return [Span(action, begin, end) for action, (begin, end) in zip(actions, marks)]
+
+    return len(actions), best_seconds(pipeline.run), best_seconds(record)
+
+
 def main() -> None:
     print(f"Python {platform.python_version()} on one core, best of {ROUNDS} rounds\n")
     print("| what | actions | CPU seconds | limit | per action |")
@@ -61,6 +100,9 @@ def main() -> None:
         written = best_seconds(partial(build_schedule, kind, ranks=64, micro_batches=512))
         print_row(f"write {kind}, 64 x 512", actions, written)
         print_row(f"check {kind}, 64 x 512", actions, best_seconds(partial(check_schedule, schedule)))
+    actions, run_s, record_s = executor()
+    print_row("execute actions that do nothing", actions, run_s)
+    print_row("of which recording begin and end", actions, record_s)
 
 
 def print_row(what: str, actions: int, seconds: float, limit: str = "") -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triaxial import BadInput
-from triaxial.plan.cut import balanced_cut
+from triaxial.plan.cut import balanced_cut, placed_cut
 
 
 def all_cuts(blocks: int, stages: int) -> Iterator[tuple[int, ...]]:
@@ -88,3 +88,43 @@ def test_impossible_cuts_are_refused() -> None:
         balanced_cut([1.0] * 3, 0)
     with pytest.raises(BadInput, match="block 1 has a negative cost of -2"):
         balanced_cut([1.0, -2.0], 1)
+
+
+@given(
+    st.integers(0, 8),
+    st.integers(0, 8),
+    st.integers(0, 40),
+    st.sampled_from([(0, 1), (0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0), (0, 1, 0, 1, 0, 1), (0, 1, 1), (0, 0)]),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_cut_has_a_faster_slowest_rank(
+    num_layers: int, embedding: int, head: int, placement: tuple[int, ...]
+) -> None:
+    costs = [embedding / 10, *(1.0,) * num_layers, head / 10]
+    if len(placement) > len(costs):
+        with pytest.raises(BadInput, match="stages"):
+            placed_cut(num_layers, costs[0], costs[-1], placement)
+        return
+
+    def slowest_rank(cut: tuple[int, ...]) -> float:
+        loads = [0.0] * len(placement)
+        for rank, load in zip(placement, sums(costs, cut)):
+            loads[rank] += load
+        return max(loads)
+
+    cut = placed_cut(num_layers, costs[0], costs[-1], placement)
+    assert sum(cut) == len(costs)
+    assert min(cut) >= 1
+    assert slowest_rank(cut) <= min(map(slowest_rank, all_cuts(len(costs), len(placement)))) + 1e-9
+
+
+def test_a_v_shares_out_layers_by_rank_not_by_stage() -> None:
+    """Six layers and a light head: stages of at most 2 leave 2.6 beside 4 on the ranks, where 3.6 beside 3 can be."""
+    assert balanced_cut([0.0, *(1.0,) * 6, 0.6], 4) == (2, 2, 2, 2)
+    cut = placed_cut(6, 0.0, 0.6, (0, 1, 1, 0))
+    assert cut[1] + cut[2] == 3
+    assert (cut[0] - 1) + (cut[3] - 1) == 3
+
+
+def test_one_stage_a_rank_is_cut_as_ever() -> None:
+    assert placed_cut(8, 0.0, 2.0, (0, 1)) == balanced_cut([0.0, *(1.0,) * 8, 2.0], 2)

@@ -15,7 +15,9 @@ from triaxial.files import write_atomically
 from triaxial.plan.layout import ScheduleKind
 from triaxial.plan.schedule import Schedule, build_schedule
 from triaxial.plan.simulate import Durations, Simulation, StageCosts, simulate
+from triaxial.plan.timeline import Timeline
 from triaxial.plan.validate_schedule import check_schedule
+from triaxial.report.run_timeline import comparison_table, predicted_and_measured, read_run
 from triaxial.report.schedule_text import schedule_table, timeline_text
 from triaxial.report.si import seconds_text
 from triaxial.report.timeline import timeline_svg
@@ -39,6 +41,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--memory-limit", type=click.IntRange(min=1), help="Activations that a rank may hold at once.")
 @click.option("--table", type=_FILE, help="Take this schedule instead: JSON, as --json writes it.")
+@click.option("--run", type=click.Path(path_type=Path), help="Show the step that this training run recorded.")
 @click.option("--svg", type=_FILE, help="Write the timeline as a picture.")
 @click.option("--trace", type=_FILE, help="Write the timeline for Perfetto or chrome://tracing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -50,6 +53,7 @@ def command(
     durations: str,
     memory_limit: int | None,
     table: Path | None,
+    run: Path | None,
     svg: Path | None,
     trace: Path | None,
     as_json: bool,
@@ -58,15 +62,22 @@ def command(
 
     Name a known schedule by --kind, --stages and --micro-batches, or give one of your own with --table. Transfers are
     free here. Actions are written like 3F12: stage 3, forward, micro-batch 12; B is a whole backward, I the input
-    gradient (B in the zero-bubble papers) and W the weight gradient.
+    gradient (B in the zero-bubble papers) and W the weight gradient. With --run, what a training run measured stands
+    beside what the simulator makes of its stages' mean durations.
     """
+    numbers = (kind, stages, micro_batches, virtual_stages, memory_limit)
+    if run is not None:
+        if any(option is not None for option in (*numbers, table)):
+            raise BadInput("--run says all about the schedule: leave out --table, --kind and its numbers")
+        _show_run(run, svg, trace, as_json)
+        return
     of_rank = _parse_durations(durations)
     if table is not None:
-        if any(option is not None for option in (kind, stages, micro_batches, virtual_stages, memory_limit)):
+        if any(option is not None for option in numbers):
             raise BadInput("--table says all about the schedule: leave out --kind and the numbers that go with it")
         schedule = _read_table(table)
     elif kind is None or stages is None or micro_batches is None:
-        raise BadInput("name a schedule by --kind, --stages and --micro-batches, or give one with --table")
+        raise BadInput("name a schedule by --kind, --stages and --micro-batches, or give one with --table or --run")
     else:
         schedule = build_schedule(
             kind,
@@ -79,15 +90,38 @@ def command(
     check_schedule(schedule)
     simulation = simulate(schedule, StageCosts.uniform(schedule.num_stages, _per_stage(of_rank, schedule)))
 
-    named = [(_title(schedule), simulation.timeline)]
-    if svg is not None:
-        write_atomically(svg, timeline_svg(named))
-    if trace is not None:
-        write_atomically(trace, json.dumps(chrome_trace(named)))
+    _write_pictures([(_title(schedule), simulation.timeline)], svg, trace)
     if as_json:
         print(json.dumps(_document(schedule, simulation)))
     else:
         _print_text(Console(), schedule, simulation)
+
+
+def _show_run(run: Path, svg: Path | None, trace: Path | None, as_json: bool) -> None:
+    measured = read_run(run)
+    named = predicted_and_measured(measured)
+    _write_pictures(named, svg, trace)
+    if not as_json:
+        console = Console()
+        console.print(f"{_title(measured.schedule)}, step {measured.step + 1} of {run}", style="bold", highlight=False)
+        console.print(comparison_table(named))
+        return
+    parts = {
+        name: {
+            "step_time": timeline.step_time_s,
+            "bubble_fraction": timeline.bubble_fraction,
+            "ranks": [{"bubble_fraction": bubble} for bubble in timeline.bubble_per_rank],
+        }
+        for name, (_, timeline) in zip(("predicted", "measured"), named, strict=True)
+    }
+    print(json.dumps({"kind": measured.schedule.kind, "step": measured.step, **parts}))
+
+
+def _write_pictures(named: list[tuple[str, Timeline]], svg: Path | None, trace: Path | None) -> None:
+    if svg is not None:
+        write_atomically(svg, timeline_svg(named))
+    if trace is not None:
+        write_atomically(trace, json.dumps(chrome_trace(named)))
 
 
 def _parse_durations(text: str) -> Durations:

@@ -55,6 +55,48 @@ def balanced_cut(
     return cut
 
 
+def placed_cut(num_layers: int, embedding: float, head: float, placement: Sequence[int]) -> tuple[int, ...]:
+    """Cut equal layers between an embedding and a head so that the slowest rank is as fast as can be. Exact.
+
+    A rank with several virtual stages is as slow as their sum, which the slowest stage says little about: on a V the
+    head and the embedding share a rank. Layers that are all alike can be shared out as one likes, so each goes to the
+    rank, and there to the stage, that has least (the later of equals). Where `balanced_cut` has no slower rank, its evener stages are taken.
+
+    Args:
+        num_layers: layers, each at a cost of 1.
+        embedding: cost in layers of the first block.
+        head: cost in layers of the last block.
+        placement: the rank of each virtual stage.
+
+    Raises:
+        BadInput: more stages than blocks.
+    """
+    even = balanced_cut([embedding, *(1.0,) * num_layers, head], len(placement))
+    stages = len(placement)
+    if stages == max(placement) + 1:  # stages are ranks
+        return even
+    ends = np.zeros(stages)
+    ends[0], ends[-1] = embedding, head
+    layers = np.ones(stages)
+    layers[0] = layers[-1] = 0  # they hold a block already
+    homes = np.asarray(placement)
+    for _ in range(num_layers - stages + 2):
+        loads = np.bincount(homes, ends + layers).astype(float)
+        here = np.flatnonzero(homes == _last_least(loads))
+        layers[here[_last_least((ends + layers)[here])]] += 1
+    blocks = layers.astype(int)
+    blocks[[0, -1]] += 1
+    base = np.asarray(even, float)
+    base[[0, -1]] -= 1
+    if np.bincount(homes, ends + base).max() <= np.bincount(homes, ends + layers).max() + 1e-9:
+        return even
+    return tuple(blocks.tolist())
+
+
+def _last_least(values: Floats) -> int:
+    return len(values) - 1 - int(values[::-1].argmin())
+
+
 def _span_sums(values: Floats) -> Floats:
     """[first, end]: sum over blocks first..end-1; infinite where that holds no block."""
     prefix = np.concatenate(([0.0], np.cumsum(values)))

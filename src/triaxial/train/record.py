@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from triaxial.files import write_atomically
+from triaxial.plan.measured import MeasuredStep
 from triaxial.train.config import TrainConfig
 
 _LINES_WITHOUT_A_TERMINAL = 20
@@ -24,6 +25,7 @@ class RunRecord:
     def __init__(self, config: TrainConfig, planned_steps: int) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         write_atomically(config.out / "settings.json", config.model_dump_json(indent=2) + "\n")
+        self._folder = config.out
         self._metrics = (config.out / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(config.out / "tensorboard"))
         self._every = max(1, planned_steps // _LINES_WITHOUT_A_TERMINAL)
@@ -63,6 +65,10 @@ class RunRecord:
         done = int(metrics["step"]) + 1
         if self._bar.disable and (done % self._every == 0 or done == self._planned):
             print(f"step {done}/{self._planned}  {numbers}", file=sys.stderr, flush=True)
+
+    def timeline(self, measured: MeasuredStep) -> None:
+        """Keep one step's table with the begin and end of its actions, which `triaxial schedule --run` draws."""
+        write_atomically(self._folder / "timeline.json", measured.to_json() + "\n")
 
     def evaluation(self, step: int, loss: float) -> None:
         """Append a validation loss, measured after `step`."""

@@ -17,13 +17,18 @@ from triaxial.model.weights import initial_values
 from triaxial.parallel.data import PRECISIONS
 from triaxial.parallel.program import Shape, build_program
 from triaxial.parallel.stage import MicroBatch
+from triaxial.parallel.timeline import gather_timeline
 from triaxial.plan.layout import micro_batches
+from triaxial.plan.measured import MeasuredStep
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus
 from triaxial.train.optimizer import Optimizer, learning_rate
 from triaxial.train.order import sample_indices
 from triaxial.train.record import Metrics, RunRecord
 from triaxial.train.step import StepResult, Tokens, evaluate, make_micro_batches, own_samples, training_step
+
+_TIMELINE_STEP = 2
+"""The step whose timeline is kept: the third, when everything is warm."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,18 @@ class Trainer:
                 result = training_step(self.program, self._optimizer, self._batch(step), lr)
                 if record:
                     record.step(self._metrics(step, lr, result, time.perf_counter() - began))
+                if step == min(_TIMELINE_STEP, planned - 1):
+                    self._keep_timeline(step, result, record)
                 if self._evaluates_after(step, planned):
                     loss = evaluate(self.program, self._validation_batch())
                     if record:
                         record.evaluation(step, loss)
+
+    def _keep_timeline(self, step: int, result: StepResult, record: RunRecord | None) -> None:
+        program = self.program
+        timeline = gather_timeline(program.schedule, program.mesh.pp, result.spans, self._place.device)
+        if record:
+            record.timeline(MeasuredStep(step, program.schedule, timeline))
 
     def _evaluates_after(self, step: int, planned: int) -> bool:
         every = self.config.eval_every
