@@ -1,6 +1,6 @@
 """Every schedule rehearsed by real processes and real messages, with waits in place of compute.
 
-    python bench/rehearsal.py [--steps N] [--svg FOLDER] [--markdown FILE]
+    python bench/rehearsal.py [--steps N] [--svg docs/measured] [--markdown docs/measured/schedules.md]
 
 Eight processes run each schedule's table with 32 micro-batches; a forward waits 5 ms, an input gradient 5 ms, a weight
 gradient 5 ms (a whole backward 10 ms), half of that on each of two stages of a rank. Messages travel through Gloo. The
@@ -204,17 +204,28 @@ def report(link: Transfer, rows: list[Row], steps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_section(path: Path, text: str) -> str:
+    """The file's text with what stands between its rehearsal marks replaced; of a file without them, `text` alone."""
+    begin, end = "<!-- rehearsal -->\n", "<!-- /rehearsal -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if begin not in old or end not in old:
+        return text
+    return old[: old.index(begin) + len(begin)] + text + old[old.index(end) :]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rehearse every schedule with waits in place of compute.")
     parser.add_argument("--steps", type=int, default=5, help="steps of each schedule, of which the median counts")
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="one picture a schedule, predicted above measured")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="put the table between the file's rehearsal marks"
+    )
     options = parser.parse_args()
     link, rows = run_all(options.steps)
     text = report(link, rows, options.steps)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
     if options.markdown:
-        write_atomically(options.markdown, text)
+        write_atomically(options.markdown, with_section(options.markdown, text))
     if options.svg:
         options.svg.mkdir(parents=True, exist_ok=True)
         for row in rows:

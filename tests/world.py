@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import tempfile
 import traceback
@@ -64,5 +65,6 @@ def _serve(pipe: Any) -> None:
                 pipe.send((True, function(rank, *args)))
             finally:
                 dist.destroy_process_group()
+                gc.collect()  # sockets and shared segments of this program go before the next one's come
         except Exception:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))

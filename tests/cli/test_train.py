@@ -204,9 +204,12 @@ def test_the_validation_loss_is_written_when_asked_and_at_the_end(
 
 
 @pytest.mark.usefixtures("by_flags")
-def test_the_run_folder_holds_settings_metrics_and_tensorboard(place: Workplace) -> None:
+def test_the_run_folder_holds_settings_metrics_a_timeline_and_tensorboard(place: Workplace) -> None:
     out = place.folder / "flags"
-    assert {path.name for path in out.iterdir()} == {"settings.json", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == {"settings.json", "metrics.jsonl", "timeline.json", "tensorboard"}
+    timeline = json.loads((out / "timeline.json").read_text())
+    assert (timeline["step"], len(timeline["ranks"])) == (2, 1), "the third step, of one pipeline rank"
+    assert len(timeline["ranks"][0]["begin_s"]) == 2 * timeline["num_micro_batches"]
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["layout"], settings["lr"], settings["seed"]) == ("tp=2,pp=1,dp=1,mb=1", 1e-2, 5)
     assert [path.name.split(".")[0] for path in (out / "tensorboard").iterdir()] == ["events"]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from triaxial import BadInput
 from triaxial.plan.action import Action
+from triaxial.plan.layout import parse_layout
 from triaxial.plan.schedule import Schedule, ScheduleKind, build_schedule
-from triaxial.plan.validate_schedule import check_schedule
+from triaxial.plan.validate_schedule import check_fit, check_schedule
 
 
 def can_run(schedule: Schedule) -> bool:
@@ -215,3 +216,18 @@ def test_what_no_rank_can_hold_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=says):
         check_schedule(Schedule("own", micro_batches, placement, ranks))
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batches", "words"),
+    [
+        ("pp=4", 4, "has 2 ranks, but the layout has pp=4"),
+        ("pp=2", 8, "has 4 micro-batches, but a step of this layout and global batch has 8"),
+        ("pp=2,cut=3+4", 4, "cut is of 2 stages, but the table has 4"),
+    ],
+)
+def test_a_table_for_another_job_is_refused(layout: str, micro_batches: int, words: str) -> None:
+    table = build_schedule("zb-v", ranks=2, micro_batches=4)
+    check_fit(table, parse_layout("pp=2"), 4)
+    with pytest.raises(BadInput, match=words):
+        check_fit(table, parse_layout(layout), micro_batches)

@@ -157,6 +157,7 @@ class Axis:
         def finish() -> Tensor:
             for _ in steps:
                 pass
+            self._in_flight = None
             return result
 
         self._in_flight = Pending(self, operation, finish)
