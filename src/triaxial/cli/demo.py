@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -32,8 +33,8 @@ def command(out: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(demo)))
         return
-    table = Table(title="One model, one seed, three layouts")
-    for title in ("layout", "processes", "first loss", "last loss", "tokens/s", "peak memory", "bubble"):
+    table = Table(title="One model, one seed, three layouts", box=box.SIMPLE_HEAD)
+    for title in ("layout", "ranks", "first loss", "last loss", "tokens/s", "memory", "bubble"):
         table.add_column(title, justify="left" if title == "layout" else "right", no_wrap=True)
     for run in demo.runs:
         table.add_row(
