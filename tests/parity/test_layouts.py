@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from tests.parity.training import Case, Outcome, assert_same, tiny_spec, train_everywhere
+from tests.parity.training import Case, Outcome, assert_same, tiny_spec, train_everywhere, train_over_gloo
 from tests.world import World
 from triaxial.plan.layout import Layout, parse_layout
 
@@ -120,3 +120,11 @@ def test_the_same_layout_twice_and_recompute_are_bitwise_equal(world: World, tex
     for recompute in ("none", "selective", "full"):
         again = train_everywhere(world, case, parse_layout(f"{text},mb=2,recompute={recompute}"))
         assert_same(again, first, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "text", ["tp=2,sp=1", "tp=4", "dp=2,zero=1", "dp=4,zero=3,shard=2", "tp=2,pp=2,dp=2,zero=2,sp=1"]
+)
+def test_ranks_on_different_hosts_compute_the_same(world: World, text: str) -> None:
+    case = Case(tiny_spec(tied_embeddings=True), steps=3)
+    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=2"), job=train_over_gloo), reference(case))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from tests.world import World
 from triaxial.model import IGNORE
 from triaxial.model.spec import ModelSpec
 from triaxial.model.weights import Piece, initial_values
+from triaxial.parallel import mesh
 from triaxial.parallel.data import PRECISIONS
 from triaxial.parallel.program import Program, Shape, build_program
 from triaxial.parallel.stage import MicroBatch
@@ -104,6 +107,14 @@ def train(rank: int, case: Case, layout: Layout, schedule: Schedule | None = Non
     return outcome, parts
 
 
+def train_over_gloo(
+    rank: int, case: Case, layout: Layout, schedule: Schedule | None = None
+) -> tuple[Outcome, list[Part]]:
+    """`train` as if every rank were on a host of its own, so that nothing goes through shared memory."""
+    with mock.patch.object(mesh, "host_identity", return_value=str(rank)):
+        return train(rank, case, layout, schedule)
+
+
 @dataclass(frozen=True)
 class Part:
     """A slice of a global tensor as one rank holds it."""
@@ -111,6 +122,9 @@ class Part:
     kind: Literal["parameter", "gradient"]
     piece: Piece
     values: np.ndarray
+
+
+Job = Callable[[int, Case, Layout, Schedule | None], tuple[Outcome, list[Part]]]
 
 
 def local_parts(program: Program, kind: Literal["parameter", "gradient"]) -> list[Part]:
@@ -123,12 +137,14 @@ def local_parts(program: Program, kind: Literal["parameter", "gradient"]) -> lis
     return parts
 
 
-def train_everywhere(world: World, case: Case, layout: Layout, schedule: Schedule | None = None) -> Outcome:
+def train_everywhere(
+    world: World, case: Case, layout: Layout, schedule: Schedule | None = None, job: Job = train
+) -> Outcome:
     """The case under a layout, with the ranks' parts put together; ranks that hold the same part must agree.
 
     `schedule` takes the place of the layout's.
     """
-    results = world.run(layout.world_size, train, case, layout, schedule)
+    results = world.run(layout.world_size, job, case, layout, schedule)
     outcome = results[0][0]
     for other, _ in results[1:]:
         assert other.losses == outcome.losses

@@ -33,7 +33,7 @@ def command(out: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(demo)))
         return
-    table = Table(title="One model, one seed, three layouts", box=box.SIMPLE_HEAD)
+    table = Table(title="One model, one seed, three layouts", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in ("layout", "ranks", "first loss", "last loss", "tokens/s", "memory", "bubble"):
         table.add_column(title, justify="left" if title == "layout" else "right", no_wrap=True)
     for run in demo.runs:
