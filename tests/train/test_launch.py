@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_ends_all_after_the_timeout_and_the_operation_is_named
     code, (line,) = run.end(8 + SECONDS)
     assert code == 1
     assert line.startswith("triaxial: rank 0 failed: all_")
-    assert "over tp (ranks [0, 1]) failed: Timed out waiting 8000ms" in line
+    assert "over tp (ranks [0, 1]) failed: timed out after 8 s waiting for rank 1" in line
     assert line.endswith("(traceback in hung/failure-rank0.txt)")
 
 

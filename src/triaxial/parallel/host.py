@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -120,8 +121,9 @@ class SharedMemory:
     def _write(self, message: Tensor) -> None:
         """Put a message into this rank's current slot and tell the peers."""
         self._slot(self._index, message).copy_(message)
-        for connection in self._sockets.values():
-            connection.send(b"\0")
+        for peer, connection in self._sockets.items():
+            with self._naming(peer):
+                connection.send(b"\0")
 
     def _read(self, like: Tensor) -> list[Tensor]:
         """Every rank's message of the same shape as this rank's; they are gone with the next message but one.
@@ -130,17 +132,22 @@ class SharedMemory:
             RuntimeError: a peer ended, or stayed silent for longer than the timeout.
         """
         for peer, connection in self._sockets.items():
-            try:
-                arrived = connection.recv(1)
-            except TimeoutError:
-                raise RuntimeError(
-                    f"timed out after {self._timeout_s:g} s waiting for rank {self._ranks[peer]}"
-                ) from None
-            if not arrived:
-                raise RuntimeError(f"connection closed by rank {self._ranks[peer]}")
+            with self._naming(peer):
+                if not connection.recv(1):
+                    raise ConnectionResetError
         slots = [self._slot(rank, like) for rank in range(self._size)]
         self._messages += 1
         return slots
+
+    @contextmanager
+    def _naming(self, peer: int) -> Iterator[None]:
+        """Say which rank fell silent, in the words of the backends' own errors."""
+        try:
+            yield
+        except TimeoutError:
+            raise RuntimeError(f"timed out after {self._timeout_s:g} s waiting for rank {self._ranks[peer]}") from None
+        except ConnectionError:
+            raise RuntimeError(f"connection closed by rank {self._ranks[peer]}") from None
 
     def _slot(self, rank: int, like: Tensor) -> Tensor:
         """The current slot of a rank as a tensor of the same shape and type as `like`."""
