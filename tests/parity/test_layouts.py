@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import product
 
 import pytest
 
-from tests.parity.training import Case, Outcome, assert_same, tiny_spec, train_everywhere, train_over_gloo
+from tests.parity.training import Case, assert_same, reference, tiny_spec, train_everywhere, train_over_gloo
 from tests.world import World
 from triaxial.plan.layout import Layout, parse_layout
 
@@ -29,31 +28,17 @@ def all_layouts() -> list[Layout]:
     return layouts
 
 
-@lru_cache
-def reference(case: Case) -> Outcome:
-    """The case in one process with one micro-batch; computed once."""
-    return train_everywhere(_worlds[0], case, Layout(mb=case.global_batch))
-
-
-_worlds: list[World] = []
-
-
-@pytest.fixture(autouse=True)
-def _remember(world: World) -> None:
-    _worlds[:] = [world]
-
-
 @pytest.mark.parametrize("layout", all_layouts(), ids=str)
 def test_training_is_the_same_under_every_layout(world: World, layout: Layout) -> None:
     case = Case(SPEC)
-    assert_same(train_everywhere(world, case, layout), reference(case))
+    assert_same(train_everywhere(world, case, layout), reference(world, case))
 
 
 @pytest.mark.parametrize("order", ["pp-dp-cp-tp", "dp-tp-cp-pp", "cp-pp-tp-dp"])
 def test_any_order_of_axes_on_the_ranks(world: World, order: str) -> None:
     case = Case(SPEC)
     layout = parse_layout(f"tp=2,pp=2,dp=2,zero=3,sp=1,order={order}")
-    assert_same(train_everywhere(world, case, layout), reference(case))
+    assert_same(train_everywhere(world, case, layout), reference(world, case))
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
@@ -65,13 +50,13 @@ def test_micro_batches_and_accumulation_do_not_change_the_gradient(world: World,
         pytest.skip("fewer samples than one micro-batch on each replica")
     for schedule in ("1f1b", "gpipe"):
         layout = Layout(pp=2, dp=dp, mb=mb, schedule=schedule)
-        assert_same(train_everywhere(world, case, layout), reference(case))
+        assert_same(train_everywhere(world, case, layout), reference(world, case))
 
 
 @pytest.mark.parametrize("text", ["dp=4", "dp=2,zero=3,mb=2", "pp=2,dp=2", "tp=2,pp=2,dp=2,zero=2,sp=1", "pp=4,mb=4"])
 def test_unevenly_ignored_labels_equal_the_mean_over_valid_tokens(world: World, text: str) -> None:
     case = Case(tiny_spec(), ignore_unevenly=True)
-    assert_same(train_everywhere(world, case, parse_layout(text)), reference(case))
+    assert_same(train_everywhere(world, case, parse_layout(text)), reference(world, case))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -91,26 +76,26 @@ def test_unevenly_ignored_labels_equal_the_mean_over_valid_tokens(world: World, 
 def test_tied_embeddings_and_biases(world: World, text: str, qk_norm: bool) -> None:
     spec = tiny_spec(tied_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=qk_norm)
     case = Case(spec, seq_len=18)
-    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=2")), reference(case))
+    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=2")), reference(world, case))
 
 
 @pytest.mark.parametrize("text", ["tp=4", "tp=4,sp=1", "tp=4,dp=2,zero=3", "tp=4,pp=2,sp=1"])
 def test_fewer_kv_heads_than_tensor_ranks(world: World, text: str) -> None:
     case = Case(tiny_spec(num_kv_heads=2, qkv_bias=True, qk_norm=True), seq_len=24)
-    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=2")), reference(case))
+    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=2")), reference(world, case))
 
 
 @pytest.mark.parametrize("vocab", [17, 101, 127])
 @pytest.mark.parametrize("text", ["tp=2", "tp=4", "tp=4,sp=1"])
 def test_odd_vocabularies_are_padded_without_a_trace(world: World, vocab: int, text: str) -> None:
     case = Case(tiny_spec(vocab=vocab, num_layers=1), seq_len=20, steps=3)
-    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=4")), reference(case))
+    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=4")), reference(world, case))
 
 
 @pytest.mark.parametrize("window", [2, 5])
 def test_sliding_windows(world: World, window: int) -> None:
     case = Case(tiny_spec(sliding_window=window, first_windowed_layer=1))
-    assert_same(train_everywhere(world, case, parse_layout("tp=2,pp=2,mb=2")), reference(case))
+    assert_same(train_everywhere(world, case, parse_layout("tp=2,pp=2,mb=2")), reference(world, case))
 
 
 @pytest.mark.parametrize("text", ["tp=2,pp=2,dp=2,zero=3,sp=1", "tp=2,sp=1", "dp=2,zero=1"])
@@ -127,4 +112,6 @@ def test_the_same_layout_twice_and_recompute_are_bitwise_equal(world: World, tex
 )
 def test_ranks_on_different_hosts_compute_the_same(world: World, text: str) -> None:
     case = Case(tiny_spec(tied_embeddings=True), steps=3)
-    assert_same(train_everywhere(world, case, parse_layout(text + ",mb=2"), job=train_over_gloo), reference(case))
+    assert_same(
+        train_everywhere(world, case, parse_layout(text + ",mb=2"), job=train_over_gloo), reference(world, case)
+    )

@@ -6,12 +6,11 @@ actions, never by hooks that guess which backward pass is the last.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import count, cycle, product
 
 import pytest
 
-from tests.parity.training import Case, Outcome, assert_same, tiny_spec, train_everywhere
+from tests.parity.training import Case, assert_same, reference, tiny_spec, train_everywhere
 from tests.world import World
 from triaxial.plan.layout import Layout, ScheduleKind, micro_batches, parse_layout
 
@@ -74,28 +73,14 @@ def name_of(value: Layout | Case) -> str:
     return f"{value.global_batch} sequences, {value.spec.num_layers} layers{', tied' * value.spec.tied_embeddings}"
 
 
-@lru_cache
-def reference(case: Case) -> Outcome:
-    """The case in one process with one micro-batch; computed once."""
-    return train_everywhere(_worlds[0], case, Layout(mb=case.global_batch))
-
-
-_worlds: list[World] = []
-
-
-@pytest.fixture(autouse=True)
-def _remember(world: World) -> None:
-    _worlds[:] = [world]
-
-
 @pytest.mark.parametrize(("layout", "case"), pipelines(), ids=name_of)
 def test_gradients_are_the_same_under_every_schedule(world: World, layout: Layout, case: Case) -> None:
-    assert_same(train_everywhere(world, case, layout), reference(case))
+    assert_same(train_everywhere(world, case, layout), reference(world, case))
 
 
 @pytest.mark.parametrize(("layout", "case"), combinations(), ids=name_of)
 def test_gradients_are_the_same_under_every_schedule_with_other_axes(world: World, layout: Layout, case: Case) -> None:
-    assert_same(train_everywhere(world, case, layout), reference(case))
+    assert_same(train_everywhere(world, case, layout), reference(world, case))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +99,7 @@ def test_deep_pipelines_recompute_and_hybrid_sharding(world: World, text: str) -
     layout = parse_layout(text)
     case = case_of(layout, 4, layers=7, tied=True)
     assert micro_batches(layout, case.global_batch) == 4
-    assert_same(train_everywhere(world, case, layout), reference(case))
+    assert_same(train_everywhere(world, case, layout), reference(world, case))
 
 
 def test_the_cases_cover_what_they_claim() -> None:

@@ -162,6 +162,16 @@ def train_everywhere(
     return outcome
 
 
+_references: dict[Case, Outcome] = {}
+
+
+def reference(world: World, case: Case) -> Outcome:
+    """The case in one process with one micro-batch; computed once for all tests."""
+    if case not in _references:
+        _references[case] = train_everywhere(world, case, Layout(mb=case.global_batch))
+    return _references[case]
+
+
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
