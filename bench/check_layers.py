@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triaxial.cluster.spec import load_cluster
-from triaxial.plan.collectives import collective_seconds, group_of
-from triaxial.plan.compute import attention_seconds, gemm_seconds, pass_seconds
+from triaxial.plan.cost.collectives import collective_seconds, group_of
+from triaxial.plan.cost.compute import attention_seconds, gemm_seconds, pass_seconds
 
 CLUSTER = load_cluster("8xA100-80GB-SXM")
 DEVICE = CLUSTER.device

@@ -1,4 +1,4 @@
-"""Fits the constants of `plan/constants.py` on published measurements and prints their errors.
+"""Fits the constants of `plan/cost/constants.py` on published measurements and prints their errors.
 
     python bench/fit_components.py ../shared/validation
 
@@ -19,9 +19,9 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from triaxial.cluster.spec import Cluster, load_cluster
-from triaxial.plan.collectives import Group, collective_seconds, group_of
-from triaxial.plan.compute import gemm_seconds
-from triaxial.plan.constants import COLLECTIVES, COMPUTE
+from triaxial.plan.cost.collectives import Group, collective_seconds, group_of
+from triaxial.plan.cost.compute import gemm_seconds
+from triaxial.plan.cost.constants import COLLECTIVES, COMPUTE
 
 Bounds = Mapping[str, tuple[float, float]]
 """A constant's path (`links.nvlink4.latency_s`) to the range it may be fitted in."""

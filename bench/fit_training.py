@@ -1,9 +1,9 @@
 """Fit the constants of the training model on published steps, once on all sources and once without each of them.
 
-    python bench/fit_training.py training.csv training_vtrain_single.csv > src/triaxial/plan/left_out.py
+    python bench/fit_training.py training.csv training_vtrain_single.csv > src/triaxial/plan/validation/left_out.py
 
 Mixtures of experts are left out: their rows judge the constants of dense training, they do not shape them.
-Writes `plan/left_out.py`, and to standard error the constants for `plan/training_constants.py`. Gauss-Newton on the
+Writes `plan/validation/left_out.py`, and to standard error the constants for `plan/training/constants.py`. Gauss-Newton on the
 logarithms: predictions are made exactly, their derivatives by finite differences, and the small robust least-squares
 problem in between by scipy. Every fit starts from `PRIOR`, so that nothing of a source that is left out leaks in.
 """
@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from triaxial.plan.block_seconds import PricedBlocks, price_blocks
-from triaxial.plan.layouts import LayoutTable, layout_table
-from triaxial.plan.placement import place
-from triaxial.plan.published import Point, read_points
-from triaxial.plan.training import fits, memory_of, step_seconds
-from triaxial.plan.training_constants import TrainingConstants
-from triaxial.plan.validation import laboratory
+from triaxial.plan.cost.placement import place
+from triaxial.plan.layout_table import LayoutTable, layout_table
+from triaxial.plan.training.block_seconds import PricedBlocks, price_blocks
+from triaxial.plan.training.constants import TrainingConstants
+from triaxial.plan.training.price import fits, memory_of, step_seconds
+from triaxial.plan.validation.accuracy import laboratory
+from triaxial.plan.validation.published import Point, read_points
 
 Case = tuple[Point, LayoutTable, PricedBlocks]
 
@@ -149,7 +149,7 @@ HEADER = '''"""Constants fitted without each source in turn, to judge prediction
 
 from __future__ import annotations
 
-from triaxial.plan.training_constants import TrainingConstants
+from triaxial.plan.training.constants import TrainingConstants
 
 LEFT_OUT: dict[str, TrainingConstants] = {'''
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from peer_model import Llama
 from peers import DTYPES, Update, loss_function, spread
-from triaxial.plan.stages import stage_cut
+from triaxial.plan.pipeline.stages import stage_cut
 from workload import GLOBAL_BATCH, SEQ_LEN, SPEC, Limits, Numbers, Outcome, Tokens, measure
 
 VIRTUAL_STAGES = {"1f1b": 1, "zb-h1": 1, "interleaved": 2, "zb-v": 2}

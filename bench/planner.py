@@ -20,7 +20,7 @@ import json, time
 begin = time.perf_counter()
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
-from triaxial.plan.search import search
+from triaxial.plan.search.best import search
 from triaxial.plan.workload import Training
 model, cluster = load_model_spec("{model}"), load_cluster("{cluster}")
 start = time.perf_counter()

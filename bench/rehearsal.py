@@ -35,9 +35,9 @@ from triaxial.parallel.mesh import Axis
 from triaxial.parallel.pipeline import Pipeline
 from triaxial.parallel.timeline import gather_timeline
 from triaxial.plan.layout import ScheduleKind
-from triaxial.plan.schedule import Durations, Schedule, build_schedule
-from triaxial.plan.simulate import Simulation, StageCosts, Transfer, simulate
-from triaxial.plan.timeline import Timeline
+from triaxial.plan.pipeline.schedule import Durations, Schedule, build_schedule
+from triaxial.plan.pipeline.simulate import Simulation, StageCosts, Transfer, simulate
+from triaxial.plan.pipeline.timeline import Timeline
 from triaxial.report.timeline import timeline_svg
 
 RANKS, MICRO_BATCHES = 8, 32

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from triaxial.parallel.mesh import Axis
 from triaxial.parallel.pipeline import Pipeline
-from triaxial.plan.schedule import Durations, ScheduleKind, build_schedule
-from triaxial.plan.simulate import StageCosts, Transfer, simulate
-from triaxial.plan.timeline import Span
-from triaxial.plan.validate_schedule import check_schedule
+from triaxial.plan.pipeline.schedule import Durations, ScheduleKind, build_schedule
+from triaxial.plan.pipeline.simulate import StageCosts, Transfer, simulate
+from triaxial.plan.pipeline.timeline import Span
+from triaxial.plan.pipeline.validity import check_schedule
 
 TRANSFER = Transfer(num_bytes=64e6, latency_s=5e-6, bytes_per_s=50e9)
 ROUNDS = 5

@@ -264,5 +264,5 @@ class TestCatalogue:
 
 
 def test_importing_the_cluster_does_not_import_torch() -> None:
-    code = "import sys, triaxial.plan.collectives; sys.exit('torch' in sys.modules)"
+    code = "import sys, triaxial.plan.cost.collectives; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,12 +17,12 @@ from triaxial.parallel.emulated import EmulatedStage
 from triaxial.parallel.mesh import Axis, CommunicationError
 from triaxial.parallel.pipeline import Pipeline
 from triaxial.parallel.timeline import gather_timeline
-from triaxial.plan.action import Action
 from triaxial.plan.layout import Layout, ScheduleKind
-from triaxial.plan.schedule import Schedule, build_schedule
-from triaxial.plan.simulate import Durations, StageCosts, simulate
-from triaxial.plan.timeline import Span, Timeline
-from triaxial.plan.validate_schedule import inputs_of
+from triaxial.plan.pipeline.action import Action
+from triaxial.plan.pipeline.schedule import Schedule, build_schedule
+from triaxial.plan.pipeline.simulate import Durations, StageCosts, simulate
+from triaxial.plan.pipeline.timeline import Span, Timeline
+from triaxial.plan.pipeline.validity import inputs_of
 
 CPU = torch.device("cpu")
 SHAPE = (16,)

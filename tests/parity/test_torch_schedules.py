@@ -22,10 +22,10 @@ from tests.parity.test_schedules import case_of
 from tests.parity.training import assert_same, train_everywhere
 from tests.world import World
 from triaxial import BadInput
-from triaxial.plan.action import parse_action
 from triaxial.plan.layout import Layout, ScheduleKind
-from triaxial.plan.schedule import Schedule, build_schedule
-from triaxial.plan.validate_schedule import check_schedule
+from triaxial.plan.pipeline.action import parse_action
+from triaxial.plan.pipeline.schedule import Schedule, build_schedule
+from triaxial.plan.pipeline.validity import check_schedule
 
 WIDTH = 4
 

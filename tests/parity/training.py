@@ -20,7 +20,7 @@ from triaxial.parallel.data import PRECISIONS
 from triaxial.parallel.program import Program, Shape, build_program
 from triaxial.parallel.stage import MicroBatch
 from triaxial.plan.layout import Layout, micro_batches
-from triaxial.plan.schedule import Schedule
+from triaxial.plan.pipeline.schedule import Schedule
 from triaxial.train.optimizer import Hyperparameters, Optimizer, learning_rate
 from triaxial.train.step import make_micro_batches, own_samples, training_step
 

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from triaxial.plan.action import Action
-from triaxial.plan.schedule import Durations, ScheduleKind, build_schedule
-from triaxial.plan.simulate import Span, StageCosts, Timeline, simulate
+from triaxial.plan.pipeline.action import Action
+from triaxial.plan.pipeline.schedule import Durations, ScheduleKind, build_schedule
+from triaxial.plan.pipeline.simulate import Span, StageCosts, Timeline, simulate
 from triaxial.report.schedule_text import timeline_text
 from triaxial.report.si import seconds_text, tick_step
 from triaxial.report.timeline import timeline_svg

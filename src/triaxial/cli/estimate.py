@@ -10,7 +10,7 @@ from triaxial.cli.options import WorkloadGroup, as_json, console, model_and_clus
 from triaxial.cluster.spec import Cluster, load_cluster
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.layout import Layout, parse_layout
-from triaxial.plan.training import estimate
+from triaxial.plan.training.price import estimate
 from triaxial.plan.workload import Training
 from triaxial.report.tables import estimate_table
 

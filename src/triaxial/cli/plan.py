@@ -19,8 +19,8 @@ from triaxial.cli.options import (
 )
 from triaxial.cluster.spec import Cluster, load_cluster
 from triaxial.model.spec import ModelSpec, load_model_spec
-from triaxial.plan.explain import why_not
-from triaxial.plan.plan import OBJECTIVES, TrainingPlan, plan_training
+from triaxial.plan.search.explain import why_not
+from triaxial.plan.search.plan import OBJECTIVES, TrainingPlan, plan_training
 from triaxial.plan.workload import Training
 from triaxial.report.tables import plans_table
 

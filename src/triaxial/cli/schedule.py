@@ -13,10 +13,10 @@ from rich.console import Console
 from triaxial import BadInput
 from triaxial.files import write_atomically
 from triaxial.plan.layout import ScheduleKind
-from triaxial.plan.schedule import Schedule, build_schedule
-from triaxial.plan.simulate import Durations, Simulation, StageCosts, simulate
-from triaxial.plan.timeline import Timeline
-from triaxial.plan.validate_schedule import check_schedule
+from triaxial.plan.pipeline.schedule import Schedule, build_schedule
+from triaxial.plan.pipeline.simulate import Durations, Simulation, StageCosts, simulate
+from triaxial.plan.pipeline.timeline import Timeline
+from triaxial.plan.pipeline.validity import check_schedule
 from triaxial.report.run_timeline import comparison_table, predicted_and_measured, read_run
 from triaxial.report.schedule_text import schedule_table, timeline_text
 from triaxial.report.si import seconds_text

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from triaxial import BadInput
 from triaxial.cli.options import as_json, console, print_json
-from triaxial.plan.published import Point, Skipped, read_points
-from triaxial.plan.validation import (
+from triaxial.plan.validation.accuracy import (
     Errors,
     Prediction,
     by_source,
@@ -23,6 +22,7 @@ from triaxial.plan.validation import (
     predict_left_out,
     ranking,
 )
+from triaxial.plan.validation.published import Point, Skipped, read_points
 
 
 @click.command(name="validate")
@@ -46,7 +46,7 @@ def command(files: tuple[Path, ...], json_out: bool) -> None:
 
 
 def _shipped() -> Path:
-    return Path(str(resources.files("triaxial.plan") / "published.csv"))
+    return Path(str(resources.files("triaxial.plan.validation") / "published.csv"))
 
 
 def _document(

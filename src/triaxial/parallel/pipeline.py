@@ -19,9 +19,9 @@ from torch import Tensor
 
 from triaxial.parallel.mesh import Axis, CommunicationError, open_group
 from triaxial.parallel.stage import Work
-from triaxial.plan.schedule import Action, Schedule
-from triaxial.plan.timeline import Span
-from triaxial.plan.validate_schedule import check_schedule
+from triaxial.plan.pipeline.schedule import Action, Schedule
+from triaxial.plan.pipeline.timeline import Span
+from triaxial.plan.pipeline.validity import check_schedule
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from triaxial.parallel.pipeline import Pipeline
 from triaxial.parallel.stage import MicroBatch, Placed, Stage
 from triaxial.parallel.tensor import TensorParallel
 from triaxial.plan.layout import Layout, check_layout
-from triaxial.plan.schedule import Schedule, build_schedule
-from triaxial.plan.stages import stage_cut
-from triaxial.plan.timeline import Span
-from triaxial.plan.validate_schedule import check_fit
+from triaxial.plan.pipeline.schedule import Schedule, build_schedule
+from triaxial.plan.pipeline.stages import stage_cut
+from triaxial.plan.pipeline.timeline import Span
+from triaxial.plan.pipeline.validity import check_fit
 
 
 @dataclass(frozen=True)

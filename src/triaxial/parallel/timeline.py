@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from triaxial.parallel.mesh import Axis
-from triaxial.plan.schedule import Schedule
-from triaxial.plan.timeline import Span, Timeline
+from triaxial.plan.pipeline.schedule import Schedule
+from triaxial.plan.pipeline.timeline import Span, Timeline
 
 _ROUNDS = 9
 """Barriers after which clocks are compared; the median leaves out those that were disturbed."""

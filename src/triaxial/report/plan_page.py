@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from triaxial.plan.plan import TrainingPlan
-from triaxial.plan.play import play
+from triaxial.plan.search.plan import TrainingPlan
+from triaxial.plan.training.play import play
 from triaxial.report.bars import stacked_bars
 from triaxial.report.timeline import timeline_svg
 

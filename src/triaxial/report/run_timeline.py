@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from triaxial import BadInput
-from triaxial.plan.measured import MeasuredStep
-from triaxial.plan.simulate import simulate
-from triaxial.plan.timeline import Timeline
+from triaxial.plan.pipeline.measured import MeasuredStep
+from triaxial.plan.pipeline.simulate import simulate
+from triaxial.plan.pipeline.timeline import Timeline
 from triaxial.report.si import seconds_text
 
 

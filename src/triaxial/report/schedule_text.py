@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from triaxial.plan.simulate import Simulation
-from triaxial.plan.table import Schedule
-from triaxial.plan.timeline import Timeline
+from triaxial.plan.pipeline.simulate import Simulation
+from triaxial.plan.pipeline.table import Schedule
+from triaxial.plan.pipeline.timeline import Timeline
 
 _STYLES = {"F": "white on blue", "B": "white on green", "I": "black on cyan", "W": "black on yellow"}
 _LATER_STAGE = {

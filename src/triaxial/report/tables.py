@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from triaxial.plan.training import Estimate
+from triaxial.plan.training.price import Estimate
 
 
 def estimate_table(estimate: Estimate) -> Table:

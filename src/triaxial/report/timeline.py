@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from triaxial.plan.action import ActionKind
-from triaxial.plan.timeline import Span, Timeline
+from triaxial.plan.pipeline.action import ActionKind
+from triaxial.plan.pipeline.timeline import Span, Timeline
 from triaxial.report.si import seconds_text, tick_step
 
 _KINDS: dict[ActionKind, tuple[str, str]] = {

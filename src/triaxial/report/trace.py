@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from triaxial.plan.timeline import Timeline
+from triaxial.plan.pipeline.timeline import Timeline
 
 
 def chrome_trace(named: Sequence[tuple[str, Timeline]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from triaxial.files import write_atomically
-from triaxial.plan.measured import MeasuredStep
+from triaxial.plan.pipeline.measured import MeasuredStep
 from triaxial.train.config import TrainConfig
 
 _LINES_WITHOUT_A_TERMINAL = 20

@@ -16,7 +16,7 @@ from triaxial.parallel.data import gradient_norm_squared
 from triaxial.parallel.mesh import Mesh
 from triaxial.parallel.program import Program
 from triaxial.parallel.stage import MicroBatch
-from triaxial.plan.timeline import Span
+from triaxial.plan.pipeline.timeline import Span
 from triaxial.train.optimizer import Optimizer
 
 Tokens = NDArray[np.int64]

@@ -19,7 +19,7 @@ from triaxial.parallel.program import Shape, build_program
 from triaxial.parallel.stage import MicroBatch
 from triaxial.parallel.timeline import gather_timeline
 from triaxial.plan.layout import micro_batches
-from triaxial.plan.measured import MeasuredStep
+from triaxial.plan.pipeline.measured import MeasuredStep
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus
 from triaxial.train.optimizer import Optimizer, learning_rate

@@ -1,0 +1,1 @@
+"""What one device and one collective cost: operators, compute, links."""

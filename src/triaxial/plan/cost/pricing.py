@@ -1,0 +1,103 @@
+"""Seconds of a block: its operators priced on a device and its collectives on the links they cross."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triaxial.cluster.hardware import Device
+from triaxial.plan.cost.collectives import CollectiveKind
+from triaxial.plan.cost.compute import attention_seconds, gemm_seconds, pass_seconds
+from triaxial.plan.cost.operators import Attention, Axis, Block, Collective, Gemm, Operator, Pass
+from triaxial.plan.workload import Precision
+
+Floats = NDArray[np.float64]
+CollectiveSeconds = Callable[[Axis, CollectiveKind, Floats], Floats]
+"""(axis, kind, bytes) to seconds, one entry per shard."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of a list of operators by what they keep busy, one entry per shard."""
+
+    matmul: Floats
+    """Matrix multiplications outside attention."""
+    attention: Floats
+    passes: Floats
+    tp: Floats
+    cp: Floats
+    ep: Floats
+    kernels: Floats
+    """Kernels that the host must issue, collectives apart. Counts, not seconds, like the next."""
+    collectives: Floats
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, count: Floats | float) -> Seconds:
+        return Seconds(*(getattr(self, f.name) * count for f in fields(self)))
+
+    def take(self, rows: NDArray[np.int64]) -> Seconds:
+        return Seconds(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """One block and one micro-batch."""
+
+    forward: Seconds
+    input_grad: Seconds
+    weight_grad: Seconds
+    core: Seconds
+
+
+def price_operators(
+    device: Device,
+    operators: Iterable[Operator],
+    precision: Precision,
+    collective: CollectiveSeconds,
+    shards: int,
+) -> Seconds:
+    """Add up seconds over a list of operators for `shards` shards at once."""
+    busy = {f.name: np.zeros(shards) for f in fields(Seconds)}
+    wide: Precision = "bf16" if precision in ("fp8", "fp4") else precision
+    for op in operators:
+        if not isinstance(op, Collective):
+            busy["kernels"] += op.kernels if isinstance(op, Pass) else 1
+        if isinstance(op, Gemm):
+            seconds = gemm_seconds(device, op.m, op.n, op.k, precision if op.narrow else wide, batch=op.batch)
+            busy["matmul" if op.narrow else "attention"] += seconds
+        elif isinstance(op, Attention):
+            busy["attention"] += op.slowdown * attention_seconds(
+                device,
+                batch=op.sequences,
+                heads=op.heads,
+                kv_heads=op.kv_heads,
+                queries=op.queries,
+                keys=op.keys,
+                head_dim=op.head_dim,
+                precision=wide,
+                backward=op.backward,
+            )
+        elif isinstance(op, Pass):
+            busy["passes"] += pass_seconds(device, op.bytes)
+        else:
+            seconds = collective(op.axis, op.kind, np.broadcast_to(np.asarray(op.bytes, float), (shards,)))
+            busy[op.axis] += seconds
+            busy["collectives"] += seconds > 0
+    return Seconds(**busy)
+
+
+def price_block(
+    device: Device,
+    block: Block,
+    precision: Precision,
+    collective: CollectiveSeconds,
+    shards: int,
+) -> PhaseSeconds:
+    """Seconds of one block, phase by phase."""
+    lists = (block.forward, block.input_grad, block.weight_grad, block.core)
+    return PhaseSeconds(*(price_operators(device, ops, precision, collective, shards) for ops in lists))

@@ -1,0 +1,1 @@
+"""Pipeline schedules as tables: written, checked, simulated, cut into stages."""

@@ -1,0 +1,1 @@
+"""The best layouts of all, why they win, and what would change that."""

@@ -1,0 +1,167 @@
+"""Flip points: how far one circumstance must move until another layout wins. Found by search, never by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from triaxial import BadInput, NoAnswer
+from triaxial.cluster.hardware import NETWORK_LINKS
+from triaxial.cluster.spec import Cluster
+from triaxial.model.spec import ModelSpec
+from triaxial.plan.layout import Layout
+from triaxial.plan.search.best import search
+from triaxial.plan.search.what_if import Resource, has_network, scaled, with_gpus
+from triaxial.plan.training.price import estimate
+from triaxial.plan.workload import Training
+
+REACH = 3
+"""Doublings and halvings to look at: a circumstance that must change more than eightfold is no close call."""
+PRECISION = 1.03
+"""Bisection stops when the flip is known to within this factor."""
+
+World = tuple[Cluster, Training]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """The nearest value of one circumstance, in one direction, at which another mixture of axes wins."""
+
+    what: str
+    now: float
+    at: float | None
+    """None: the winner keeps winning within the reach of the search."""
+    layout: str
+    """The layout that wins there; empty if none fits or none changes."""
+    unit: str
+    """Empty for counts, which are tried in doublings only."""
+    upward: bool
+
+    @property
+    def direction(self) -> str:
+        """`more network per NIC`, `fewer GPUs`."""
+        return f"{'more' if self.upward else 'fewer' if self.what == 'GPUs' else 'less'} {self.what}"
+
+    def sentence(self) -> str:
+        if self.at is None:
+            return f"With up to {2**REACH}x {self.direction} no other mixture wins"
+        winner = f"{self.layout} wins" if self.layout else "nothing fits"
+        if not self.unit:
+            return f"{self.what} {self.at:,.0f} (now {self.now:,.0f}): {winner}"
+        side = "above" if self.upward else "below"
+        return f"{self.what} {side} {self.at:.3g} {self.unit} (now {self.now:.3g}): {winner}"
+
+
+def mixture(layout: Layout) -> tuple[object, ...]:
+    """What makes two layouts different in kind: the axes that cut the model, and whether parameters are sharded."""
+    return (layout.tp, layout.pp, layout.cp, layout.ep, layout.zero == 3)
+
+
+def flip_points(model: ModelSpec, cluster: Cluster, training: Training, winner: Layout) -> list[Flip]:
+    """Look for the flips of every circumstance in both directions."""
+    return list(_flips(model, cluster, training, winner))
+
+
+def _flips(model: ModelSpec, cluster: Cluster, training: Training, winner: Layout) -> Iterator[Flip]:
+    wins = partial(_best, model, winner)
+    for what, resource, now, unit in _resources(cluster):
+        for upward in (False, True):
+            vary = partial(_with_resource, (cluster, training), resource)
+            yield _continuous(wins, vary, what, now, unit, winner, upward)
+    counts: tuple[tuple[str, int, Callable[[int], World]], ...] = (
+        ("sequence length", training.seq_len, lambda n: (cluster, replace(training, seq_len=n))),
+        ("global batch", training.global_batch, lambda n: (cluster, replace(training, global_batch=n))),
+        ("GPUs", cluster.num_gpus, lambda n: (with_gpus(cluster, n), training)),
+    )
+    for what, count, with_count in counts:
+        for upward in (False, True):
+            yield _doubling(wins, with_count, what, count, winner, upward)
+
+
+def _resources(cluster: Cluster) -> list[tuple[str, Resource, float, str]]:
+    rows: list[tuple[str, Resource, float, str]] = [
+        ("GPU memory", "memory", cluster.device.memory_bytes / 2**30, "GiB"),
+    ]
+    inside = [tier for tier in cluster.tiers if tier.link not in NETWORK_LINKS]
+    if inside and cluster.num_gpus > 1:
+        rows.append(("link inside a node", "links inside a node", inside[0].bandwidth_bytes_per_s / 1e9, "GB/s"))
+    if has_network(cluster):
+        rate = next(tier.bandwidth_bytes_per_s for tier in cluster.tiers if tier.link in NETWORK_LINKS)
+        rows.append(("network per NIC", "network", rate * 8 / 1e9, "Gb/s"))
+    return rows
+
+
+def _with_resource(world: World, resource: Resource, factor: float) -> World:
+    return scaled(world[0], resource, factor), world[1]
+
+
+def _best(model: ModelSpec, winner: Layout, world: World) -> Layout | None:
+    """The best layout of a changed world; today's winner, where it still works, tells the search when to stop."""
+    try:
+        now = estimate(model, *world, winner)
+        at_most = now.step_time_s * (1 + 1e-9) if now.fits else np.inf
+    except BadInput:
+        at_most = np.inf
+    try:
+        return search(model, *world, top=1, at_most=at_most).best[0].layout
+    except NoAnswer:
+        return None
+
+
+def _same(found: Layout | None, winner: Layout) -> bool:
+    return found is not None and mixture(found) == mixture(winner)
+
+
+def _continuous(
+    wins: Callable[[World], Layout | None],
+    vary: Callable[[float], World],
+    what: str,
+    now: float,
+    unit: str,
+    winner: Layout,
+    upward: bool,
+) -> Flip:
+    """Double or halve until the winner changes, then bisect."""
+    step = 2.0 if upward else 0.5
+    near, far, found = 1.0, 1.0, None
+    for _ in range(REACH):
+        near, far = far, far * step
+        found = wins(vary(far))
+        if not _same(found, winner):
+            break
+    else:
+        return Flip(what, now, None, "", unit, upward)
+    while max(near / far, far / near) > PRECISION:
+        middle = (near * far) ** 0.5
+        there = wins(vary(middle))
+        if _same(there, winner):
+            near = middle
+        else:
+            far, found = middle, there
+    return Flip(what, now, now * far, str(found or ""), unit, upward)
+
+
+def _doubling(
+    wins: Callable[[World], Layout | None],
+    vary: Callable[[int], World],
+    what: str,
+    now: int,
+    winner: Layout,
+    upward: bool,
+) -> Flip:
+    """Counts go in doublings: between them most layouts do not divide evenly, which says nothing of cost."""
+    count = now
+    for _ in range(REACH):
+        if not upward and count % 2:
+            break
+        count = count * 2 if upward else count // 2
+        try:
+            found = wins(vary(count))
+        except BadInput:  # nothing is known of such a cluster
+            break
+        if not _same(found, winner):
+            return Flip(what, now, count, str(found or ""), "", upward)
+    return Flip(what, now, None, "", "", upward)

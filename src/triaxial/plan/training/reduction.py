@@ -1,0 +1,66 @@
+"""What data parallelism costs a step: gradients reduced, parameters gathered, and how much of it hides."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triaxial.plan.cost.collectives import CollectiveKind
+from triaxial.plan.cost.placement import Placement
+from triaxial.plan.cost.practice import Practice
+from triaxial.plan.layout_table import LayoutTable
+from triaxial.plan.training.constants import TrainingConstants
+from triaxial.plan.workload import Training
+
+Floats = NDArray[np.float64]
+
+
+def exposed_dp_seconds(
+    training: Training,
+    practice: Practice,
+    constants: TrainingConstants,
+    table: LayoutTable,
+    placement: Placement,
+    *,
+    weights: Floats,
+    layers: Floats,
+    forward: Floats,
+    backward: Floats,
+) -> Floats:
+    """Seconds per step that data-parallel communication adds on one rank.
+
+    Without ZeRO one all-reduce a step; ZeRO-1 a reduce-scatter and an all-gather a step; ZeRO-2 a reduce-scatter a
+    micro-batch; ZeRO-3 also gathers each layer before its forward and its backward pass, every micro-batch
+    (arXiv 1910.02054, 2304.11277). Hybrid sharding adds an all-reduce over the replicas.
+
+    Args:
+        weights: parameters on the rank.
+        layers: decoder layers on the rank: the first piece sent, or the last, has nothing to hide behind.
+        forward: seconds of one micro-batch's forward pass on the rank.
+        backward: seconds of its backward pass.
+    """
+    zero = table.zero
+    # what runs beside computation goes layer by layer, the rest as one message
+    pieces = np.maximum(layers * practice.messages_per_layer, 1)
+    by_layer = np.where((zero >= 3) | practice.overlap_gradients, pieces, 1)
+
+    def seconds(span: str, kind: CollectiveKind, num_bytes: Floats) -> Floats:
+        return by_layer * placement.seconds(span, kind, num_bytes / by_layer)
+
+    gradient_bytes, parameter_bytes = weights * practice.reduce_bytes, weights * training.element_bytes
+    all_reduce = seconds("data", "all_reduce", gradient_bytes)
+    scatter = seconds("shard", "reduce_scatter", gradient_bytes)
+    replicas = seconds("replicas", "all_reduce", gradient_bytes / table.state_shards)
+    gather = seconds("shard", "all_gather", parameter_bytes)
+    reduce = np.where(zero == 0, all_reduce, scatter + replicas)
+    once_or_each = np.where(zero >= 2, table.micro_batches(training.global_batch), 1)
+
+    def cost(seconds: Floats, window: Floats, overlapped: bool) -> Floats:
+        if not overlapped:
+            return seconds
+        hidden = np.minimum(seconds * (1 - 1 / np.maximum(layers, 1)), constants.overlap_share * window)
+        return seconds - hidden + constants.interference * hidden
+
+    reduced = once_or_each * cost(reduce + np.where(zero >= 3, gather, 0), backward, practice.overlap_gradients)
+    gathers = np.where(zero >= 3, once_or_each, np.where(zero >= 1, 1, 0))
+    return reduced + gathers * cost(gather, forward, practice.overlap_parameters)

@@ -1,0 +1,79 @@
+"""Explanations say what the figures say, and flips are where the search says they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plan.shapes import llama
+from triaxial import BadInput
+from triaxial.cluster.spec import load_cluster
+from triaxial.model.spec import load_model_spec
+from triaxial.plan.search.best import search, search_space
+from triaxial.plan.search.explain import explain, resource_sensitivity, why_not
+from triaxial.plan.search.flips import PRECISION, flip_points, mixture
+from triaxial.plan.search.what_if import scaled
+from triaxial.plan.workload import Training
+
+PAIR = load_cluster("2x8xH100-SXM")
+MODEL = load_model_spec("llama-3.1-8b")
+WORK = Training(global_batch=64, seq_len=4096)
+BEST = search(MODEL, PAIR, WORK, top=1).best[0]
+
+
+def test_the_winner_is_set_against_the_best_of_every_other_kind() -> None:
+    why = explain(MODEL, PAIR, WORK, BEST, search_space(MODEL, PAIR, WORK), flips=False)
+    kinds = {rival.kind for rival in why.rivals}
+    assert "the next best mixture" in kinds
+    for rival in why.rivals:
+        if rival.estimate:
+            assert rival.estimate.step_time_s >= BEST.step_time_s
+            assert mixture(rival.estimate.layout) != mixture(BEST.layout) or rival.kind != "the next best mixture"
+        else:
+            assert rival.reason
+    assert str(BEST.layout) in why.sentences[0]
+    assert set(why.to_dict()) == {"sentences", "rivals", "sensitivity", "flip_points"}
+
+
+def test_what_binds_a_large_dense_model_is_arithmetic() -> None:
+    sensitivity = resource_sensitivity(MODEL, PAIR, WORK, BEST)
+    assert max(sensitivity, key=lambda resource: sensitivity[resource]) == "arithmetic"
+    assert 0 < sum(sensitivity.values()) <= 1.05
+
+
+@pytest.mark.timeout(120)
+def test_a_flip_is_where_another_mixture_wins_and_not_before() -> None:
+    model, cluster = llama(layers=16, hidden=2048), load_cluster("2x4xA100")
+    work = Training(global_batch=32, seq_len=2048)
+    best = search(model, cluster, work, top=1).best[0].layout
+    flips = flip_points(model, cluster, work, best)
+    assert {flip.what for flip in flips} >= {"GPU memory", "network per NIC", "sequence length", "global batch", "GPUs"}
+    for flip in flips:
+        assert flip.what in flip.sentence()
+        if flip.what == "network per NIC" and flip.at is not None:
+            beyond = flip.at / flip.now
+            before = beyond / PRECISION if flip.upward else beyond * PRECISION
+            there, here = (
+                search(model, scaled(cluster, "network", factor), work, top=1).best[0].layout
+                for factor in (beyond, before)
+            )
+            assert mixture(there) != mixture(best)
+            assert mixture(here) == mixture(best)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tp=3", "16 GPUs"),
+        ("tp=16", "takes +"),
+        ("tp=1,pp=1,mb=4,zero=0,recompute=none,sp=0", "GiB of 80, most of them"),
+        ("pp=2,vpp=2,schedule=interleaved,mb=8,dp=8", "micro-batches"),
+    ],
+)
+def test_why_not_gives_the_reason(text: str, says: str) -> None:
+    assert says in why_not(text, BEST, MODEL, PAIR, WORK)
+
+
+def test_why_not_of_nonsense_is_bad_input() -> None:
+    assert "not KEY=VALUE" in why_not("fast", BEST, MODEL, PAIR, WORK)
+    with pytest.raises(BadInput):
+        scaled(PAIR, "memory", 1.0).device.peak("int4")
