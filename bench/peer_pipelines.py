@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from peer_model import Llama
 from peers import DTYPES, Update, loss_function, spread
+from triaxial.plan.pipeline.generators import stage_placement
 from triaxial.plan.pipeline.stages import stage_cut
 from workload import GLOBAL_BATCH, SEQ_LEN, SPEC, Limits, Numbers, Outcome, Tokens, measure
 
@@ -37,7 +38,7 @@ def run_pipeline(rank: int, what: str, precision: str, limits: Limits) -> Outcom
     group, here, virtual = mesh.get_group("pp"), mesh.get_local_rank("pp"), VIRTUAL_STAGES[what]
     last = 2 * virtual - 1
     mine = [here] if virtual == 1 else [here, last - here if what == "zb-v" else here + 2]
-    bounds = list(pairwise(accumulate(stage_cut(SPEC, SEQ_LEN, 2 * virtual), initial=0)))
+    bounds = list(pairwise(accumulate(stage_cut(SPEC, SEQ_LEN, stage_placement(what, 2, virtual)), initial=0)))
     modules = [Llama(DTYPES[precision], *bounds[stage]) for stage in mine]
     if tp > 1:
         modules = [spread(module, mesh["tp"]) for module in modules]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.parity.test_schedules import case_of
-from tests.parity.training import assert_same, train_everywhere
+from tests.parity.training import assert_same, reference, train, train_everywhere, train_over_gloo
 from tests.world import World
 from triaxial.parallel import timeline as clocks
 from triaxial.parallel.emulated import EmulatedStage
 from triaxial.parallel.mesh import Axis, CommunicationError
 from triaxial.parallel.pipeline import Pipeline
+from triaxial.parallel.shared import SharedMemory
 from triaxial.parallel.timeline import gather_timeline
-from triaxial.plan.layout import Layout, ScheduleKind
+from triaxial.plan.layout import Layout, ScheduleKind, parse_layout
 from triaxial.plan.pipeline.action import Action
 from triaxial.plan.pipeline.schedule import Schedule, build_schedule
 from triaxial.plan.pipeline.simulate import Durations, StageCosts, simulate
@@ -29,9 +32,11 @@ SHAPE = (16,)
 UNIT_S = 0.01
 
 
-def pipeline_of(rank: int, schedule: Schedule) -> tuple[Axis, Pipeline]:
-    """A rank that waits 10 ms for each of F, I and W."""
+def pipeline_of(rank: int, schedule: Schedule, one_host: bool = True) -> tuple[Axis, Pipeline]:
+    """A rank that waits 10 ms for each of F, I and W; on hosts of their own, ranks talk through Gloo."""
     axis = Axis("pp", tuple(range(schedule.num_ranks)), rank, dist.group.WORLD)
+    if one_host:
+        axis.shared = SharedMemory(dist.group.WORLD, axis.ranks, rank, None)
     stages = {
         stage: EmulatedStage(UNIT_S, 2 * UNIT_S, UNIT_S, UNIT_S, SHAPE)
         for stage, place in enumerate(schedule.placement)
@@ -88,9 +93,10 @@ def test_clocks_of_different_machines_are_aligned(world: World) -> None:
         assert -0.05 < waited_s < 0.5
 
 
-def leave_early(rank: int, schedule: Schedule, deserter: int) -> str:
-    _, pipeline = pipeline_of(rank, schedule)
+def leave_early(rank: int, schedule: Schedule, deserter: int, one_host: bool) -> str:
+    axis, pipeline = pipeline_of(rank, schedule, one_host)
     pipeline.run()
+    assert axis.traffic == {"send": 4 * 16 * 4}, "one rank sends activations, the other gradients"
     if rank == deserter:
         return "left"
     try:
@@ -100,20 +106,29 @@ def leave_early(rank: int, schedule: Schedule, deserter: int) -> str:
     return "finished"
 
 
-def test_a_peer_that_dies_is_named_with_rank_and_action(world: World) -> None:
+@pytest.mark.parametrize("one_host", [True, False])
+def test_a_peer_that_dies_is_named_with_rank_and_action(world: World, one_host: bool) -> None:
     schedule = build_schedule("1f1b", ranks=2, micro_batches=4)
     began = time.monotonic()
-    first, second = world.run(2, leave_early, schedule, 0)
+    first, second = world.run(2, leave_early, schedule, 0, one_host)
     assert first == "left"
     assert second.startswith("rank 1: receiving the input of 1F0 from pipeline rank 0 failed: ")
-    first, second = world.run(2, leave_early, schedule, 1)
+    first, second = world.run(2, leave_early, schedule, 1, one_host)
     assert second == "left"
     assert first.startswith("rank 0: ")
     assert "from pipeline rank 1 failed" in first or "to pipeline rank 1 failed" in first
     assert time.monotonic() - began < 60
 
 
-def test_a_table_of_ones_own_with_uneven_stages_trains_alike(world: World) -> None:
+@pytest.mark.parametrize("text", ["pp=4,vpp=2,schedule=zb-v", "pp=2,vpp=3,schedule=interleaved", "pp=4,schedule=gpipe"])
+def test_a_pipeline_across_hosts_trains_alike(world: World, text: str) -> None:
+    layout = parse_layout(text)
+    case = case_of(layout, 5, layers=7, tied=True)
+    assert_same(train_everywhere(world, case, layout, job=train_over_gloo), reference(world, case))
+
+
+@pytest.mark.parametrize("job", [train, train_over_gloo])
+def test_a_table_of_ones_own_with_uneven_stages_trains_alike(world: World, job: Callable[..., Any]) -> None:
     """Two stages on the last rank, one of which backs up in halves, and an order that no generator writes."""
     schedule = Schedule.from_json(
         """{"num_micro_batches": 2, "placement": [0, 1, 1], "ranks": [
@@ -122,5 +137,5 @@ def test_a_table_of_ones_own_with_uneven_stages_trains_alike(world: World) -> No
     )
     layout = Layout(pp=2, dp=2, zero=3)
     case = case_of(layout, 2, layers=5, tied=True)
-    outcome = train_everywhere(world, case, layout, schedule)
+    outcome = train_everywhere(world, case, layout, schedule, job=job)
     assert_same(outcome, train_everywhere(world, case, Layout(mb=case.global_batch)))

@@ -15,6 +15,7 @@ from triaxial.files import write_atomically
 from triaxial.plan.layout import ScheduleKind
 from triaxial.plan.pipeline.schedule import Schedule, build_schedule
 from triaxial.plan.pipeline.simulate import Durations, Simulation, StageCosts, simulate
+from triaxial.plan.pipeline.table import read_schedule
 from triaxial.plan.pipeline.timeline import Timeline
 from triaxial.plan.pipeline.validity import check_schedule
 from triaxial.report.run_timeline import comparison_table, predicted_and_measured, read_run
@@ -75,7 +76,7 @@ def command(
     if table is not None:
         if any(option is not None for option in numbers):
             raise BadInput("--table says all about the schedule: leave out --kind and the numbers that go with it")
-        schedule = _read_table(table)
+        schedule = read_schedule(table)
     elif kind is None or stages is None or micro_batches is None:
         raise BadInput("name a schedule by --kind, --stages and --micro-batches, or give one with --table or --run")
     else:
@@ -137,13 +138,6 @@ def _parse_durations(text: str) -> Durations:
 def _per_stage(of_rank: Durations, schedule: Schedule) -> Durations:
     part = schedule.num_ranks / schedule.num_stages
     return Durations(of_rank.forward * part, of_rank.input * part, of_rank.weight * part)
-
-
-def _read_table(path: Path) -> Schedule:
-    try:
-        return Schedule.from_json(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
 
 
 def _title(schedule: Schedule) -> str:

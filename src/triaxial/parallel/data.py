@@ -93,13 +93,21 @@ class Unit:
         return tensor
 
     def load(self, source: Source) -> None:
-        """Give every parameter its values from `source`; call once, before the first step."""
+        """Give every parameter its values from `source`, unrounded; call once, before the first step."""
+        self.open_backward()  # the gradients' buffer, which is of the master type, takes the values first
         with torch.no_grad():
             for parameter in self.parameters:
-                fill(parameter, self.tensors[parameter.name].data, source)
-            mine = self._whole.data[self.start : self.start + self.master.numel()]
-            self.master.copy_(mine)
-            self._mine.data.copy_(mine)
+                fill(parameter, self.tensors[parameter.name].main_grad, source)  # type: ignore[attr-defined]
+            self._whole.copy_(self._sums)
+            self.master.copy_(self._sums[self.start : self.start + self.master.numel()])
+            self._mine.copy_(self.master)
+        self._sums.zero_()
+        self._release_sums()
+        self.release()
+
+    def restored(self) -> None:
+        """`master` has been given its values, instead of by `load`: compute with them. All ranks must call it."""
+        self.publish()
         self.release()
 
     def add_user(self) -> None:
@@ -119,6 +127,10 @@ class Unit:
     def gather(self) -> None:
         """The parameters are whole when this returns."""
         self.start_gather()
+        self.settle()
+
+    def settle(self) -> None:
+        """Parameters on their way from the other ranks, if any, are there when this returns."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
@@ -199,6 +211,13 @@ class Unit:
             for piece in parameter.pieces:
                 yield parameter, piece, offset
                 offset += math.prod(piece.local_shape)
+
+    def held(self) -> Iterator[tuple[Piece, int, slice]]:
+        """Every piece that the shard holds some of: its first element that is held, and where in the shard they lie."""
+        for _, piece, offset in self.places():
+            place = self._in_shard(offset, offset + math.prod(piece.local_shape))
+            if place is not None:
+                yield piece, self.start + place.start - offset, place
 
     def _parts(self, wanted: Callable[[Piece], bool]) -> list[slice]:
         spans = ((offset, offset + math.prod(piece.local_shape)) for _, piece, offset in self.places() if wanted(piece))

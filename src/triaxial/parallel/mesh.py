@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triaxial.parallel.host import Combine, SharedMemory, host_identity
+from triaxial.parallel.host import host_identity
+from triaxial.parallel.shared import Combine, SharedMemory
 from triaxial.plan.layout import Layout
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have only the old names.

@@ -1,42 +1,34 @@
-"""The pipeline axis: executes any valid schedule table and times every action.
-
-Messages between two ranks travel on one channel per pair and direction, in the order in which the sender's table
-produces them; receives are posted in that same order, one action ahead, so that data moves while ranks compute.
-"""
+"""The pipeline axis: executes any valid schedule table and times every action."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from triaxial.parallel.mesh import Axis, CommunicationError, open_group
+from triaxial.parallel.host import Peers
+from triaxial.parallel.mailbox import Mailbox
+from triaxial.parallel.mesh import Axis
+from triaxial.parallel.messages import Message, Transport, list_messages
+from triaxial.parallel.posted import PostedMessages
 from triaxial.parallel.stage import Work
 from triaxial.plan.pipeline.schedule import Action, Schedule
 from triaxial.plan.pipeline.timeline import Span
 from triaxial.plan.pipeline.validity import check_schedule
 
 
-@dataclass(frozen=True)
-class _Message:
-    """What one action sends to another: an activation forwards or a gradient backwards."""
+class _Turn(NamedTuple):
+    """An action of this rank, with what it takes and what it hands on."""
 
-    producer: Action
-    consumer: Action
-    source: int
-    target: int
-    """Pipeline ranks."""
-
-    @property
-    def channel(self) -> tuple[int, int, bool]:
-        return self.source, self.target, self.producer.kind == "F"
+    action: Action
+    incoming: Message | None
+    outgoing: Message | None
+    last: bool
+    """Whether it completes the gradients of its stage."""
 
 
 class Pipeline:
@@ -62,29 +54,18 @@ class Pipeline:
             BadInput: a table that cannot run.
         """
         check_schedule(schedule)
-        self._schedule, self._axis, self._stages = schedule, axis, stages
-        self._empty: Callable[[], Tensor] = lambda: torch.empty(message_shape, dtype=dtype, device=device)
+        self._axis, self._stages = axis, stages
         self._clock: _Clock = _CudaClock() if device.type == "cuda" else _HostClock()
-        self._actions = schedule.ranks[axis.index]
-        self._forward_only = tuple(action for action in self._actions if action.kind == "F")
-        self._last_of_stage = {action.stage: action for action in self._actions if action.kind in "BW"}
-        self._plan_messages()
-
-    def _plan_messages(self) -> None:
-        messages = _messages(self._schedule)
-        me = self._axis.index
-        self._incoming = {m.consumer: m for m in messages if m.target == me}
-        self._outgoing = {m.producer: m for m in messages if m.source == me}
-        self._order: dict[tuple[int, int, bool], list[_Message]] = defaultdict(list)
-        for message in messages:  # in each sender's order
-            self._order[message.channel].append(message)
-        ranks, here = self._axis.ranks, self._axis.ranks[self._axis.index]
-        self._groups = {
-            (source, target, forward): open_group((ranks[source], ranks[target]), here, self._axis.timeout)
-            for source, target, forward in sorted(self._order)
-            if source != target
-        }
-        self._position = {action: i for actions in self._schedule.ranks for i, action in enumerate(actions)}
+        messages = list_messages(schedule)
+        incoming = {message.consumer: message for message in messages}
+        outgoing = {message.producer: message for message in messages}
+        actions = schedule.ranks[axis.index]
+        last_of_stage = {action.stage: action for action in actions if action.kind in "BW"}
+        self._turns = [_Turn(a, incoming.get(a), outgoing.get(a), a == last_of_stage[a.stage]) for a in actions]
+        self._kept: dict[Action, Tensor] = {}
+        """What one stage of this rank hands to another, by its consumer."""
+        between_ranks = [message for message in messages if message.source != message.target]
+        self._transport = _open_transport(between_ranks, axis, message_shape, dtype, device)
 
     def run(self, *, train: bool = True) -> list[Span]:
         """Run the table once (only its forward actions unless `train`).
@@ -95,148 +76,62 @@ class Pipeline:
         Raises:
             CommunicationError: a message did not arrive; names rank, action and the peer.
         """
-        actions = self._actions if train else self._forward_only
-        step = _Step(self, train)
+        self._kept.clear()
+        self._transport.open_step(train=train)
         marks = []
-        for i, action in enumerate(actions):
-            for coming in actions[i : i + 2]:
-                step.expect(coming)
-            x = step.receive(action)
+        for turn in self._turns:
+            if not train and turn.action.kind != "F":
+                continue
+            x = self._receive(turn.incoming)
             begin = self._clock.now()
-            y = self._execute(action, x, train)
-            marks.append((begin, self._clock.now()))
+            y = self._execute(turn, x, train)
+            marks.append((turn.action, begin, self._clock.now()))
             if y is not None:
-                step.send(action, y)
-        step.close()
-        return [Span(a, *self._clock.seconds(begin, end)) for a, (begin, end) in zip(actions, marks, strict=True)]
+                self._send(turn.outgoing, y)
+        self._transport.close_step()
+        return [Span(action, *self._clock.seconds(begin, end)) for action, begin, end in marks]
 
-    def _execute(self, action: Action, x: Tensor | None, train: bool) -> Tensor | None:
-        stage = self._stages[action.stage]
-        last = self._last_of_stage.get(action.stage) == action
-        match action.kind:
-            case "F":
-                return stage.forward(action.micro_batch, x, train=train)
-            case "B":
-                return stage.backward(action.micro_batch, x, last=last)
-            case "I":
-                return stage.backward_input(action.micro_batch, x)
-            case "W":
-                stage.backward_weight(action.micro_batch, last=last)
-                return None
-
-
-class _Step:
-    """The messages of one run of the table."""
-
-    def __init__(self, pipeline: Pipeline, train: bool) -> None:
-        self._pipeline = pipeline
-        self._to_post = {
-            channel: deque(m for m in order if m.target == pipeline._axis.index and (train or m.producer.kind == "F"))
-            for channel, order in pipeline._order.items()
-        }
-        self._posted: dict[Action, tuple[dist.Work, Tensor]] = {}
-        self._kept: dict[Action, Tensor] = {}
-        self._sent: dict[int, deque[tuple[_Message, dist.Work, Tensor]]] = defaultdict(deque)
-
-    def expect(self, action: Action) -> None:
-        """Post the receive that `action` needs, after those that its channel delivers before."""
-        pipeline = self._pipeline
-        message = pipeline._incoming.get(action)
-        if message is None or message.source == message.target:
-            return
-        waiting = self._to_post[message.channel]
-        while action not in self._posted and waiting:
-            following = waiting.popleft()
-            buffer = pipeline._empty()
-            source, here = pipeline._axis.ranks[following.source], pipeline._axis.ranks[following.target]
-            with self._naming(_receiving(following)):
-                work = pipeline._groups[following.channel].recv([buffer], _index_in_pair(source, here), 0)
-            self._posted[following.consumer] = work, buffer
-
-    def receive(self, action: Action) -> Tensor | None:
-        """The message that `action` consumes; None at the two ends of the pipeline."""
-        pipeline = self._pipeline
-        message = pipeline._incoming.get(action)
+    def _receive(self, message: Message | None) -> Tensor | None:
+        """What an action consumes; None at the two ends of the pipeline."""
         if message is None:
             return None
         if message.source == message.target:
-            return self._kept.pop(action)
-        work, buffer = self._posted.pop(action)
-        with self._naming(_receiving(message)):
-            work.wait()
-        self._forget_delivered(message)
-        return buffer
+            return self._kept.pop(message.consumer)
+        return self._transport.receive(message)
 
-    def send(self, action: Action, y: Tensor) -> None:
-        """Hand what `action` made to the action that consumes it."""
-        pipeline = self._pipeline
-        message = pipeline._outgoing.get(action)
+    def _send(self, message: Message | None, y: Tensor) -> None:
+        """Hand what an action made to the action that consumes it, if there is one."""
         if message is None:
             return
         if message.source == message.target:
             self._kept[message.consumer] = y
             return
-        target, here = pipeline._axis.ranks[message.target], pipeline._axis.ranks[message.source]
-        y = y.contiguous()
-        pipeline._axis.traffic["send"] += y.numel() * y.element_size()
-        with self._naming(_sending(message)):
-            work = pipeline._groups[message.channel].send([y], _index_in_pair(target, here), 0)
-        self._sent[message.target].append((message, work, y))
+        self._axis.traffic["send"] += y.numel() * y.element_size()
+        self._transport.send(message, y)
 
-    def close(self) -> None:
-        """Every message of this rank has left it."""
-        for sent in self._sent.values():
-            for message, work, _ in sent:
-                with self._naming(_sending(message)):
-                    work.wait()
-
-    def _forget_delivered(self, message: _Message) -> None:
-        """A message from a rank proves that what it consumed earlier has arrived: those buffers can go."""
-        sent, position = self._sent[message.source], self._pipeline._position
-        while sent and position[sent[0][0].consumer] < position[message.producer]:
-            done, work, _ = sent.popleft()
-            with self._naming(_sending(done)):
-                work.wait()
-
-    @contextmanager
-    def _naming(self, what: str) -> Iterator[None]:
-        """Turn a backend's error into one that says which rank did what with whom."""
-        try:
-            yield
-        except RuntimeError as error:
-            axis = self._pipeline._axis
-            raise CommunicationError(f"rank {axis.ranks[axis.index]}: {what} failed: {error}") from error
+    def _execute(self, turn: _Turn, x: Tensor | None, train: bool) -> Tensor | None:
+        kind, stage, micro_batch = turn.action
+        work = self._stages[stage]
+        match kind:
+            case "F":
+                return work.forward(micro_batch, x, train=train)
+            case "B":
+                return work.backward(micro_batch, x, last=turn.last)
+            case "I":
+                return work.backward_input(micro_batch, x)
+            case "W":
+                work.backward_weight(micro_batch, last=turn.last)
+                return None
 
 
-def _index_in_pair(rank: int, other: int) -> int:
-    """The group's own calls save a quarter of what `dist.isend` and `dist.irecv` cost, and count members in order."""
-    return int(rank > other)
-
-
-def _receiving(message: _Message) -> str:
-    return f"receiving the input of {message.consumer} from pipeline rank {message.source}"
-
-
-def _sending(message: _Message) -> str:
-    return f"sending the output of {message.producer} to pipeline rank {message.target}"
-
-
-def _messages(schedule: Schedule) -> list[_Message]:
-    """Every message of the table, in each sender's order."""
-    place, last = schedule.placement, schedule.num_stages - 1
-    takers = {(a.stage, a.micro_batch): a for actions in schedule.ranks for a in actions if a.kind in "BI"}
-    messages = []
-    for actions in schedule.ranks:
-        for action in actions:
-            stage, micro_batch = action.stage, action.micro_batch
-            if action.kind == "F" and stage < last:
-                consumer = Action("F", stage + 1, micro_batch)
-            elif action.kind in "BI" and stage > 0:
-                consumer = takers[stage - 1, micro_batch]
-            else:
-                continue
-            messages.append(_Message(action, consumer, place[stage], place[consumer.stage]))
-    return messages
+def _open_transport(
+    messages: list[Message], axis: Axis, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Transport:
+    """Shared memory where the whole pipeline is on one host, else the backend."""
+    if axis.shared is not None and axis.group is not None:
+        num_slots = Counter((message.source, message.target) for message in messages)
+        return Mailbox(Peers(axis.group, axis.ranks, axis.index, axis.timeout), num_slots, shape, dtype)
+    return PostedMessages(messages, axis, lambda: torch.empty(shape, dtype=dtype, device=device))
 
 
 class _Clock(Protocol):

@@ -98,8 +98,8 @@ def build_program(
         schedule = build_schedule(
             layout.schedule, ranks=layout.pp, micro_batches=num_micro_batches, virtual_stages=layout.vpp
         )
-    check_fit(schedule, layout, num_micro_batches)
-    cut = layout.cut or stage_cut(spec, shape.seq_len, schedule.num_stages)
+    check_fit(schedule, layout, num_micro_batches, spec.num_layers + 2)
+    cut = layout.cut or stage_cut(spec, shape.seq_len, schedule.placement)
     mesh = build_mesh(layout, rank, spec.num_kv_heads, device, timeout)
     builder = _Builder(spec, layout, mesh, precision, device)
     bounds = list(pairwise(accumulate(cut, initial=0)))

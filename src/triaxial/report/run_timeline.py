@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.table import Table
 
 from triaxial import BadInput
+from triaxial.files import write_atomically
 from triaxial.plan.pipeline.measured import MeasuredStep
 from triaxial.plan.pipeline.simulate import simulate
 from triaxial.plan.pipeline.timeline import Timeline
 from triaxial.report.si import seconds_text
+from triaxial.report.timeline import timeline_svg
 
 
 def read_run(run: Path) -> MeasuredStep:
@@ -34,6 +36,15 @@ def predicted_and_measured(measured: MeasuredStep) -> list[tuple[str, Timeline]]
         (f"predicted: {what}, every action at its stage's mean, messages free", predicted),
         (f"measured: step {measured.step + 1}", measured.timeline),
     ]
+
+
+def draw_run(run: Path) -> None:
+    """Write `timeline.svg` beside the recorded step of a run that has a pipeline: predicted above measured."""
+    if not (run / "timeline.json").exists():
+        return
+    measured = read_run(run)
+    if measured.schedule.num_ranks > 1:
+        write_atomically(run / "timeline.svg", timeline_svg(predicted_and_measured(measured)))
 
 
 def comparison_table(named: list[tuple[str, Timeline]]) -> Table:

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triaxial import BadInput
+from triaxial.model.spec import load_model_spec
 from triaxial.plan.pipeline.cut import balanced_cut, placed_cut
+from triaxial.plan.pipeline.generators import stage_placement
+from triaxial.plan.pipeline.stages import stage_cut
 
 
 def all_cuts(blocks: int, stages: int) -> Iterator[tuple[int, ...]]:
@@ -124,6 +127,15 @@ def test_a_v_shares_out_layers_by_rank_not_by_stage() -> None:
     cut = placed_cut(6, 0.0, 0.6, (0, 1, 1, 0))
     assert cut[1] + cut[2] == 3
     assert (cut[0] - 1) + (cut[3] - 1) == 3
+
+
+def test_a_model_is_cut_to_suit_where_its_stages_are() -> None:
+    """Llama 3.1 8B: a head of 2.3 layers' work beside 32 layers. On a V it shares its rank with the embedding."""
+    model = load_model_spec("llama-3.1-8b")
+    assert stage_cut(model, 2048, (0, 1)) == (18, 16)
+    assert stage_cut(model, 2048, (0, 1, 2, 3)) == (9, 9, 9, 7)
+    first, second, third, last = stage_cut(model, 2048, stage_placement("zb-v", 2, 2))
+    assert (second + third, (first - 1) + (last - 1)) == (17, 15)
 
 
 def test_one_stage_a_rank_is_cut_as_ever() -> None:

@@ -224,10 +224,11 @@ def test_what_no_rank_can_hold_is_refused(
         ("pp=4", 4, "has 2 ranks, but the layout has pp=4"),
         ("pp=2", 8, "has 4 micro-batches, but a step of this layout and global batch has 8"),
         ("pp=2,cut=3+4", 4, "cut is of 2 stages, but the table has 4"),
+        ("pp=2", 4, "has 4 stages, more than the model's 3 blocks"),
     ],
 )
 def test_a_table_for_another_job_is_refused(layout: str, micro_batches: int, words: str) -> None:
     table = build_schedule("zb-v", ranks=2, micro_batches=4)
-    check_fit(table, parse_layout("pp=2"), 4)
+    check_fit(table, parse_layout("pp=2"), 4, num_blocks=4)
     with pytest.raises(BadInput, match=words):
-        check_fit(table, parse_layout(layout), micro_batches)
+        check_fit(table, parse_layout(layout), micro_batches, num_blocks=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -71,7 +72,7 @@ def placed_cut(num_layers: int, embedding: float, head: float, placement: Sequen
     Raises:
         BadInput: more stages than blocks.
     """
-    even = balanced_cut([embedding, *(1.0,) * num_layers, head], len(placement))
+    even = _even_stages(num_layers, embedding, head, len(placement))
     stages = len(placement)
     if stages == max(placement) + 1:  # stages are ranks
         return even
@@ -91,6 +92,11 @@ def placed_cut(num_layers: int, embedding: float, head: float, placement: Sequen
     if np.bincount(homes, ends + base).max() <= np.bincount(homes, ends + layers).max() + 1e-9:
         return even
     return tuple(blocks.tolist())
+
+
+@lru_cache(maxsize=4096)
+def _even_stages(num_layers: int, embedding: float, head: float, stages: int) -> tuple[int, ...]:
+    return balanced_cut([embedding, *(1.0,) * num_layers, head], stages)
 
 
 def _last_least(values: Floats) -> int:

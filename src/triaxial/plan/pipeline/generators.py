@@ -11,10 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
+from triaxial.plan.layout import ScheduleKind
 from triaxial.plan.pipeline.action import Action, ActionKind
 
 Rank = tuple[Action, ...]
 Rounds = Iterable[tuple[int, str]]
+
+
+def stage_placement(kind: ScheduleKind, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
+    """The rank of each virtual stage: ZB-V goes down the ranks and up again, all others start over."""
+    if kind == "zb-v" and stages_per_rank == 2:
+        return (*range(ranks), *reversed(range(ranks)))
+    return tuple(range(ranks)) * stages_per_rank
 
 
 def gpipe(ranks: int, micro_batches: int) -> tuple[Rank, ...]:

@@ -59,7 +59,7 @@ def build_schedule(
             table = generators.zero_bubble_h(ranks, micro_batches, int(min(most, ranks)))
         case "zb-h2":
             table = generators.zero_bubble_h(ranks, micro_batches, int(min(most, 2 * ranks - 1)))
-    schedule = Schedule(kind, micro_batches, _placement(kind, ranks, stages_per_rank), table)
+    schedule = Schedule(kind, micro_batches, generators.stage_placement(kind, ranks, stages_per_rank), table)
     if kind.startswith("zb"):
         schedule = _with_better_weight_gradients(schedule, durations)
     if (peak := max(schedule.peak_activations)) > most:
@@ -78,12 +78,6 @@ def _stages_per_rank(kind: ScheduleKind, ranks: int, given: int | None) -> int:
         return given
     wanted = {"interleaved": "at least 2 virtual stages", "zb-v": "2 virtual stages"}.get(kind, "1 virtual stage")
     raise BadInput(f"schedule: {kind} needs {wanted} on each rank, not {given}")
-
-
-def _placement(kind: ScheduleKind, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    if kind == "zb-v" and stages_per_rank == 2:
-        return (*range(ranks), *reversed(range(ranks)))
-    return tuple(range(ranks)) * stages_per_rank
 
 
 def _with_better_weight_gradients(published: Schedule, durations: Durations) -> Schedule:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import ScheduleKind
 from triaxial.plan.layout_table import SCHEDULES, LayoutTable, distinct
-from triaxial.plan.pipeline.cut import balanced_cut
+from triaxial.plan.pipeline.cut import placed_cut
+from triaxial.plan.pipeline.generators import stage_placement
 
 Floats = NDArray[np.float64]
 
@@ -43,17 +44,20 @@ class Loads:
         return np.stack([self.dense_layers, self.expert_layers, self.embedding, self.head, self.in_flight])
 
 
-def stage_cut(model: ModelSpec, seq_len: int, num_stages: int) -> tuple[int, ...]:
-    """Blocks (embedding, layers, head) of each virtual stage, balanced by FLOP. Exact (`plan/pipeline/cut.py`)."""
+def stage_cut(model: ModelSpec, seq_len: int, placement: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks (embedding, layers, head) of each virtual stage, ranks balanced by FLOP. Exact (`plan/pipeline/cut.py`).
+
+    `placement` is the rank of each virtual stage.
+    """
     head = model.vocab * model.hidden
     layer = (model.matmul_parameters - head) / model.num_layers + model.attention_width * seq_len
-    return _balanced(model.num_layers, head / layer, num_stages)
+    return _cut(model.num_layers, head / layer, placement)
 
 
 @lru_cache(maxsize=4096)
-def _balanced(num_layers: int, head_cost: float, num_stages: int) -> tuple[int, ...]:
+def _cut(num_layers: int, head_cost: float, placement: tuple[int, ...]) -> tuple[int, ...]:
     # the embedding is a look-up: it costs next to nothing beside a layer
-    return balanced_cut([0.01, *(1.0,) * num_layers, head_cost], num_stages)
+    return placed_cut(num_layers, 0.01, head_cost, placement)
 
 
 def in_flight_limit(schedule: ScheduleKind, pp: int, vpp: int) -> Floats:
@@ -81,7 +85,7 @@ def rank_loads(cut: tuple[int, ...], pp: int, schedule: ScheduleKind, first_dens
     Args:
         cut: blocks of each virtual stage, embedding and head included.
         pp: pipeline ranks.
-        schedule: `zb-v` places stage s and 2 pp - 1 - s on one rank, all others s, s + pp, s + 2 pp...
+        schedule: places the stages (`stage_placement`) and says how many micro-batches are in flight.
         first_dense: how many of the first layers have no experts.
     """
     stages = len(cut)
@@ -91,7 +95,7 @@ def rank_loads(cut: tuple[int, ...], pp: int, schedule: ScheduleKind, first_dens
     before = np.concatenate(([0.0], np.cumsum(layers)[:-1]))
     dense = np.clip(first_dense - before, 0, layers)
     index = np.arange(stages)
-    rank = np.where(index < pp, index, 2 * pp - 1 - index) if schedule == "zb-v" else index % pp
+    rank = np.array(stage_placement(schedule, pp, stages // pp))
     total = np.zeros((4, pp))
     for row, values in enumerate((dense, layers - dense, index == 0, index == stages - 1)):
         np.add.at(total[row], rank, values)
@@ -109,7 +113,7 @@ def heaviest_ranks(model: ModelSpec, seq_len: int, table: LayoutTable, micro_bat
     fronts = []
     for row in first:
         pp, vpp, schedule = int(table.pp[row]), int(table.vpp[row]), SCHEDULES[table.schedule[row]]
-        cut = table.cut(row) or stage_cut(model, seq_len, pp * vpp)
+        cut = table.cut(row) or stage_cut(model, seq_len, stage_placement(schedule, pp, vpp))
         fronts.append(_front(cut, pp, schedule, model.num_dense_layers))
     most = max(front.shape[1] for front in fronts)
     padded = np.stack([np.pad(front, ((0, 0), (0, most - front.shape[1]))) for front in fronts])  # [shape, field, rank]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
@@ -71,6 +72,18 @@ class Schedule:
             raise BadInput(f"schedule table: {where + ': ' if where else ''}{first['msg']}") from None
         ranks = tuple(tuple(map(parse_action, rank.actions)) for rank in table.ranks)
         return cls(table.kind, table.num_micro_batches, table.placement, ranks)
+
+
+def read_schedule(path: Path) -> Schedule:
+    """The table in a file. Whether it can run, `check_schedule` says.
+
+    Raises:
+        BadInput: no such file, or what `Schedule.from_json` refuses.
+    """
+    try:
+        return Schedule.from_json(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
 
 
 def _peak(actions: tuple[Action, ...]) -> int:

@@ -26,11 +26,11 @@ def check_schedule(schedule: Schedule) -> tuple[int, ...]:
     return schedule.peak_activations
 
 
-def check_fit(schedule: Schedule, layout: Layout, num_micro_batches: int) -> None:
+def check_fit(schedule: Schedule, layout: Layout, num_micro_batches: int, num_blocks: int) -> None:
     """Refuse a table of one's own that is for another job than the layout's.
 
     Raises:
-        BadInput: another number of pipeline ranks, micro-batches or stages.
+        BadInput: another number of pipeline ranks, micro-batches or stages, or more stages than the model's blocks.
     """
     if schedule.num_ranks != layout.pp:
         raise BadInput(f"the schedule's table has {schedule.num_ranks} ranks, but the layout has pp={layout.pp}")
@@ -41,6 +41,11 @@ def check_fit(schedule: Schedule, layout: Layout, num_micro_batches: int) -> Non
         )
     if layout.cut and len(layout.cut) != schedule.num_stages:
         raise BadInput(f"the layout's cut is of {len(layout.cut)} stages, but the table has {schedule.num_stages}")
+    if schedule.num_stages > num_blocks:
+        raise BadInput(
+            f"the schedule's table has {schedule.num_stages} stages, more than the model's {num_blocks} blocks "
+            "(embedding, layers, head)"
+        )
 
 
 def inputs_of(action: Action, num_stages: int) -> tuple[tuple[Action, ...], ...]:

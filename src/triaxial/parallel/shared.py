@@ -1,0 +1,106 @@
+"""Collectives between ranks of one host through shared memory.
+
+Every rank has a segment that its peers map, with two slots. A collective writes into one slot, tells the peers with a
+byte on a socket, and reads theirs. The slots alternate: a peer's byte for one message says that it has read all of the
+message before, so nobody overwrites what is still being read. Long messages go slot by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triaxial.parallel.host import Peers
+
+_SLOT_BYTES = 4 << 20
+_ONE_SHOT_BYTES = 64 << 10
+"""Up to here every rank of more than two reads all of every peer's message; beyond, each combines its own part."""
+
+Combine = Callable[[Tensor, Tensor], object]
+"""Adds, or otherwise joins, the second tensor into the first."""
+
+
+class SharedMemory:
+    """The peers of one axis on one host.
+
+    Each operation is an iterator: its first step posts, the others complete. Operations run in order, and one must be
+    complete before the next begins.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: timedelta | None) -> None:
+        """Open and map the segments of all `ranks`; each of them must call this, with its place as `index`."""
+        self._peers, self._size, self._index, self._messages = Peers(group, ranks, index, timeout), len(ranks), index, 0
+        mine = self._peers.lend(self._peers.sockets, 2 * _SLOT_BYTES)
+        theirs = {peer: self._peers.borrow(peer) for peer in self._peers.sockets}
+        self._segments = [
+            torch.frombuffer(theirs.get(place, mine), dtype=torch.uint8).view(2, _SLOT_BYTES)
+            for place in range(self._size)
+        ]
+
+    def all_reduce(self, x: Tensor, combine: Combine) -> Iterator[None]:
+        """Combine x of every rank, in place and in rank order, so that every rank gets the same bits."""
+        flat = x.view(-1)
+        if self._size > 2 and flat.numel() % self._size == 0 and x.numel() * x.element_size() > _ONE_SHOT_BYTES:
+            mine = flat.view(self._size, -1)[self._index]
+            yield from self.reduce_scatter(flat, mine, combine)
+            yield from self.all_gather(mine, flat)
+            return
+        for part in flat.split(_SLOT_BYTES // x.element_size()):
+            self._write(part)
+            yield
+            first, *others = self._read(part)
+            part.copy_(first)
+            for other in others:
+                combine(part, other)
+
+    def all_gather(self, x: Tensor, out: Tensor) -> Iterator[None]:
+        """x [n] of every rank, one after the other, into out [size * n]; x may be its own part of out."""
+        columns = out.view(self._size, -1)
+        start = 0
+        for part in x.view(-1).split(_SLOT_BYTES // x.element_size()):
+            self._write(part)
+            yield
+            for rank, theirs in enumerate(self._read(part)):
+                columns[rank, start : start + part.numel()].copy_(theirs)
+            start += part.numel()
+
+    def reduce_scatter(self, x: Tensor, out: Tensor, combine: Combine) -> Iterator[None]:
+        """Combine every rank's x [size * n], in rank order; this rank's part goes into out [n], which x may hold."""
+        width = _SLOT_BYTES // x.element_size() // self._size
+        for block, mine in zip(x.view(self._size, -1).split(width, dim=1), out.view(-1).split(width), strict=True):
+            self._write(block)
+            yield
+            first, *others = self._read(block)
+            mine.copy_(first[self._index])
+            for other in others:
+                combine(mine, other[self._index])
+
+    def _write(self, message: Tensor) -> None:
+        """Put a message into this rank's current slot and tell the peers."""
+        self._slot(self._index, message).copy_(message)
+        for peer, connection in self._peers.sockets.items():
+            with self._peers.naming(peer):
+                connection.send(b"\0")
+
+    def _read(self, like: Tensor) -> list[Tensor]:
+        """Every rank's message of the same shape as this rank's; they are gone with the next message but one.
+
+        Raises:
+            RuntimeError: a peer ended, or stayed silent for longer than the timeout.
+        """
+        for peer, connection in self._peers.sockets.items():
+            with self._peers.naming(peer):
+                if not connection.recv(1):
+                    raise ConnectionResetError
+        slots = [self._slot(rank, like) for rank in range(self._size)]
+        self._messages += 1
+        return slots
+
+    def _slot(self, rank: int, like: Tensor) -> Tensor:
+        """The current slot of a rank as a tensor of the same shape and type as `like`."""
+        size = like.numel() * like.element_size()
+        return self._segments[rank][self._messages % 2, :size].view(like.dtype).view(like.shape)
