@@ -126,7 +126,7 @@ def test_any_values_are_a_layout_or_bad_input(values: dict[str, Any]) -> None:
         ("dp=4,shard=2", "layout: shard=2 needs zero >= 1 and must divide dp=4"),
         ("dp=4,zero=2,shard=3", "layout: shard=3 needs zero >= 1 and must divide dp=4"),
         ("dp=4,zero=2,shard=-2", "layout: shard=-2 needs zero >= 1 and must divide dp=4"),
-        ("dp=2,cp=2,ep=3", "layout: ep=3 must divide dp*cp=4"),
+        ("dp=2,cp=2,ep=3", "layout: ep=3 must divide dp*cp=4, or be so many times a divisor of tp=1"),
         ("pp=2,schedule=interleaved", "layout: schedule=interleaved needs vpp of at least 2"),
         ("pp=2,schedule=zb-v", "schedule=zb-v places two stages on each rank: vpp must be 2, not 1"),
         ("pp=1,vpp=3,schedule=zb-v", "schedule=zb-v places two stages on each rank: vpp must be 2, not 3"),

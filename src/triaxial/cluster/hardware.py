@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from triaxial import BadInput
+from triaxial.cluster.timings import DeviceTimings
 from triaxial.cluster.units import Bytes, BytesPerSecond, FlopPerSecond, Seconds
 
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
-Generation = Literal["volta", "ampere", "ada", "hopper", "blackwell", "cdna3"]
+Generation = Literal["volta", "ampere", "ada", "hopper", "blackwell", "cdna3", "cpu"]
 LinkKind = Literal[
     "nvlink2",
     "nvlink3",
@@ -28,9 +29,10 @@ LinkKind = Literal[
     "efa",
     "efa1",
     "ethernet",
+    "memory",
 ]
 """`pcie` is peer to peer below one switch, `pcie-host` staged through the memory of one CPU socket, `pcie-socket` through
-both sockets; `efa1` is the first generation of AWS's EFA (p4d), `efa` the second (p5)."""
+both sockets; `memory` is the one that processes of a host share; `efa1` is the first generation of AWS's EFA (p4d), `efa` the second (p5)."""
 
 NETWORK_LINKS: frozenset[LinkKind] = frozenset({"infiniband", "roce", "efa", "efa1", "ethernet"})
 """Links between nodes; all others are inside one."""
@@ -67,14 +69,16 @@ class Device(_Frozen):
     memory_bandwidth_bytes_per_s: BytesPerSecond
     sm_count: PositiveInt
     """Streaming multiprocessors (compute units on AMD): what a wave of tiles fills."""
-    power_w: PositiveFloat
-    """Power limit, which bounds the clock that a long run of matrix products can hold."""
+    power_w: PositiveFloat | None = None
+    """Power limit, which bounds the clock that a long run of matrix products can hold; None where rates are measured."""
     gemm_efficiency: _MeasuredShare = None
     """Measured share of the 16-bit peak that a large matrix product reaches."""
     memory_efficiency: _MeasuredShare = None
     """Measured share of the memory bandwidth that a long pass reaches."""
     launch_s: Seconds | None = None
     """Measured time of the smallest kernel."""
+    timings: DeviceTimings | None = None
+    """Points that a probe has measured; they replace the roofline."""
     source: str = ""
 
     def __hash__(self) -> int:  # the dict of peaks has none

@@ -13,9 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from triaxial import BadInput
 from triaxial.cluster.catalog import NodeType, find_device, find_link, node_for
 from triaxial.cluster.hardware import NETWORK_LINKS, Device, Tier
+from triaxial.cluster.timings import CollectiveTimings
 from triaxial.cluster.units import parse_quantity
 
 __all__ = ["Cluster", "Device", "Tier", "load_cluster", "to_toml"]
+
+
+LOCAL, PROBED = "local", Path("cluster.toml")
+"""The cluster that a probe has described, and the file in the current folder that it does so in."""
 
 
 class Cluster(BaseModel):
@@ -29,6 +34,8 @@ class Cluster(BaseModel):
     """What one device costs for an hour, in any currency."""
     device: Device
     tiers: tuple[Tier, ...] = Field(min_length=1)
+    timings: tuple[CollectiveTimings, ...] = ()
+    """Collectives that a probe has measured; they replace the formulas."""
 
     @model_validator(mode="after")
     def _tiers_nest(self) -> Cluster:
@@ -63,7 +70,7 @@ def load_cluster(
     """Read a cluster.
 
     Args:
-        cluster: `NODESxGPUSxDEVICE`, `GPUSxDEVICE` (one node), or a TOML file.
+        cluster: `NODESxGPUSxDEVICE`, `GPUSxDEVICE` (one node), a TOML file, or `local`: what `triaxial probe` found.
         inter: network between nodes: the rate of one NIC in one direction (`400Gb/s`; the node keeps its number of
             NICs), their number per node before it (`8x400Gb/s`) and the kind of network after it (`400Gb/s roce`).
         intra: links inside a node: a catalogue link that joins all its devices (`pcie4`, `nvlink4`), or the rate of
@@ -73,7 +80,9 @@ def load_cluster(
     Raises:
         BadInput: unknown device or link, a rate that is no rate, or a file that describes no cluster.
     """
-    path = Path(cluster)
+    path = PROBED if cluster == LOCAL else Path(cluster)
+    if cluster == LOCAL and not path.is_file():
+        raise BadInput(f"there is no {path} here: run `triaxial probe` first")
     from_file = path.suffix == ".toml" or path.is_file()
     found = _from_toml(path) if from_file else _from_name(str(cluster))
     if intra is not None:

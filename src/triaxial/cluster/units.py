@@ -31,7 +31,9 @@ def _prefixed(powers: dict[str, int], *units: str) -> dict[str, Decimal]:
 
 _BINARY = {f"{prefix}iB": Decimal(1024) ** power for power, prefix in enumerate("KMGT", start=1)}
 _BYTES = _prefixed(_LARGE, "B") | _BINARY
-_BITS = _prefixed(_LARGE, "b/s", "bit/s", "bps")
+_BITS = _prefixed(_LARGE, "b/s", "bit/s", "bps") | _prefixed(
+    {"k": 3, "m": 6, "g": 9}, "bit"
+)  # the last as tc(8) has it
 _SCALE: dict[Dimension, dict[str, Decimal]] = {
     "bytes": _BYTES,
     "bytes/s": {f"{unit}/s": scale for unit, scale in _BYTES.items()}

@@ -65,8 +65,12 @@ class Layout:
             )
         if self.shard and (self.zero == 0 or self.shard < 0 or self.dp % self.shard):
             raise BadInput(f"layout: shard={self.shard} needs zero >= 1 and must divide dp={self.dp}")
-        if self.dp * self.cp % self.ep:
-            raise BadInput(f"layout: ep={self.ep} must divide dp*cp={self.dp * self.cp}")
+        data = self.dp * self.cp
+        folds = self.ep // data  # experts on different tp ranks (arXiv 2504.14960)
+        if data % self.ep and (self.ep % data or self.tp % folds):
+            raise BadInput(
+                f"layout: ep={self.ep} must divide dp*cp={data}, or be so many times a divisor of tp={self.tp}"
+            )
         # One spelling per meaning: without tp there is nothing to cut, and all of dp is what 0 says.
         object.__setattr__(self, "sp", self.sp and self.tp > 1)
         object.__setattr__(self, "shard", 0 if self.shard == self.dp else self.shard)

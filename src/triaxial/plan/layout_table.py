@@ -53,6 +53,12 @@ class LayoutTable:
         """Ranks over which ZeRO cuts one copy of the model's state: cp ranks hold the same parameters as dp ranks."""
         return np.where(self.zero > 0, self.shard_size * self.cp, 1)
 
+    @property
+    def expert_folds(self) -> Ints:
+        """Tensor-parallel ranks that hold different experts: more than 1 where ep reaches beyond dp and cp (parallel
+        folding, arXiv 2504.14960)."""
+        return np.maximum(self.ep // (self.dp * self.cp), 1)
+
     def micro_batches(self, global_batch: int) -> Ints:
         """Micro-batches that each pipeline runs for one step; rows must divide the batch."""
         result: Ints = global_batch // (self.dp * self.mb)

@@ -21,6 +21,9 @@ def estimate_table(estimate: Estimate) -> Table:
     for part, seconds in estimate.time_s.items():
         if seconds > 0:
             table.add_row(part, f"{seconds:.3f} s ({seconds / estimate.step_time_s:.1%})")
+    for axis, seconds in estimate.hidden_s.items():
+        if seconds > 0:
+            table.add_row(f"hidden {axis}", f"{seconds:.3f} s behind computation")
     table.add_section()
     for part, gib in estimate.memory_gib.items():
         if part != "peak" and gib > 0:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from tests.plan.shapes import gpt, llama, mixture
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.cost.blocks import dense_layer, embedding, expert_layer, head
-from triaxial.plan.cost.operators import Attention, Block, Collective, Gemm, Operator, Shard
+from triaxial.plan.cost.operators import Attention, Block, Collective, Gemm, Operator, Pass, Shard
 from triaxial.plan.cost.practice import OURS, Practice
 from triaxial.plan.validation.practices import MEGATRON_2021
 from triaxial.plan.workload import Training
@@ -86,6 +87,18 @@ def test_context_parallelism_sends_keys_and_values() -> None:
     assert sent(layer.input_grad, "reduce_scatter", "cp") == [keys_and_values]
 
 
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_context_parallel_ranks_share_causal_attention_evenly_and_add_up_what_each_step_gives(cp: int) -> None:
+    """Early and late parts of the sequence on every rank (arXiv 2310.01889; balanced as in Megatron)."""
+    layer = dense_layer(llama(), WORK, shard(cp=cp), OURS)
+    (core,) = (op for op in layer.forward if isinstance(op, Attention))
+    assert float(core.queries * (core.keys - core.queries / 2)) * cp == pytest.approx(1024**2 / 2)
+    alone = dense_layer(llama(), WORK, shard(), OURS)
+    summed, whole = (sum(float(op.bytes) for op in part.forward if isinstance(op, Pass)) for part in (layer, alone))
+    steps, width = cp - 1, 1024
+    assert summed - whole / cp == pytest.approx(10 * steps * (1024 / cp) * width)
+
+
 def test_experts_get_every_token_copy_and_send_it_back() -> None:
     layer = expert_layer(mixture(), WORK, shard(ep=4), OURS)
     copies = 1024 * 2 * 1024 * 2
@@ -96,6 +109,19 @@ def test_experts_get_every_token_copy_and_send_it_back() -> None:
 def test_spreading_experts_does_not_change_the_products_of_a_rank() -> None:
     one, four = (gemm_flop(expert_layer(mixture(), WORK, shard(ep=ep), OURS).forward) for ep in (1, 4))
     assert four == pytest.approx(one)
+
+
+def test_folding_experts_over_tensor_parallel_ranks_keeps_their_products_whole() -> None:
+    """Parallel folding (arXiv 2504.14960): as much arithmetic as with every expert cut in two, in products twice as
+    wide, and as much sent."""
+    cut = expert_layer(mixture(), WORK, shard(tp=2, ep=2, sp=True), OURS)
+    folded = expert_layer(mixture(), WORK, replace(shard(tp=2, ep=4, sp=True), folds=2.0), OURS)
+    assert gemm_flop(folded.forward) == pytest.approx(gemm_flop(cut.forward))
+    widths = [
+        {float(op.n) for op in block.forward if isinstance(op, Gemm) and op.batch != 1} for block in (cut, folded)
+    ]
+    assert widths == [{512, 1024}, {1024}]
+    assert sent(folded.forward, "all_to_all", "ep") == sent(cut.forward, "all_to_all", "ep")
 
 
 def test_unfused_attention_multiplies_all_scores_and_fused_attention_is_one_kernel() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.plan.shapes import llama
 from triaxial import BadInput
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
+from triaxial.plan.layout import Layout
 from triaxial.plan.search.best import search, search_space
 from triaxial.plan.search.explain import explain, resource_sensitivity, why_not
-from triaxial.plan.search.flips import PRECISION, flip_points, mixture
+from triaxial.plan.search.flips import PRECISION, Flip, flip_points, mixture
 from triaxial.plan.search.what_if import scaled
 from triaxial.plan.workload import Training
 
@@ -40,12 +43,22 @@ def test_what_binds_a_large_dense_model_is_arithmetic() -> None:
     assert 0 < sum(sensitivity.values()) <= 1.05
 
 
+SMALL, FEW = llama(layers=16, hidden=2048), load_cluster("2x4xA100")
+LITTLE = Training(global_batch=32, seq_len=2048)
+
+
+@pytest.fixture(scope="module")
+def best() -> Layout:
+    return search(SMALL, FEW, LITTLE, top=1).best[0].layout
+
+
+@pytest.fixture(scope="module")
+def flips(best: Layout) -> list[Flip]:
+    return flip_points(SMALL, FEW, LITTLE, best)
+
+
 @pytest.mark.timeout(120)
-def test_a_flip_is_where_another_mixture_wins_and_not_before() -> None:
-    model, cluster = llama(layers=16, hidden=2048), load_cluster("2x4xA100")
-    work = Training(global_batch=32, seq_len=2048)
-    best = search(model, cluster, work, top=1).best[0].layout
-    flips = flip_points(model, cluster, work, best)
+def test_a_flip_is_where_another_mixture_wins_and_not_before(best: Layout, flips: list[Flip]) -> None:
     assert {flip.what for flip in flips} >= {"GPU memory", "network per NIC", "sequence length", "global batch", "GPUs"}
     for flip in flips:
         assert flip.what in flip.sentence()
@@ -53,10 +66,26 @@ def test_a_flip_is_where_another_mixture_wins_and_not_before() -> None:
             beyond = flip.at / flip.now
             before = beyond / PRECISION if flip.upward else beyond * PRECISION
             there, here = (
-                search(model, scaled(cluster, "network", factor), work, top=1).best[0].layout
+                search(SMALL, scaled(FEW, "network", factor), LITTLE, top=1).best[0].layout
                 for factor in (beyond, before)
             )
             assert mixture(there) != mixture(best)
+            assert mixture(here) == mixture(best)
+
+
+@pytest.mark.timeout(120)
+def test_a_count_flips_at_the_next_value_that_the_winner_divides(best: Layout, flips: list[Flip]) -> None:
+    lengths = [flip for flip in flips if flip.what == "sequence length" and flip.at]
+    assert lengths
+    for flip in lengths:
+        length = int(flip.at or 0)
+        there = search(SMALL, FEW, replace(LITTLE, seq_len=length), top=1).best[0].layout
+        assert mixture(there) != mixture(best)
+        step = 2 * best.cp * best.tp
+        nearer = length / PRECISION if flip.upward else length * PRECISION
+        before = int(nearer / step) * step if flip.upward else -int(-nearer // step) * step
+        if before not in (length, 2048):
+            here = search(SMALL, FEW, replace(LITTLE, seq_len=before), top=1).best[0].layout
             assert mixture(here) == mixture(best)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from triaxial import BadInput
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.cost.placement import place
+from triaxial.plan.cost.practice import OURS
 from triaxial.plan.layout import Layout, ScheduleKind, parse_layout
 from triaxial.plan.layout_table import SCHEDULES, layout_table
 from triaxial.plan.legal import check_training_layout
@@ -23,7 +26,8 @@ from triaxial.plan.training.block_seconds import model_seconds, price_blocks
 from triaxial.plan.training.constants import TRAINING
 from triaxial.plan.training.pipeline_seconds import StageSeconds, bubble_seconds, transfer_seconds
 from triaxial.plan.training.play import play
-from triaxial.plan.training.price import estimate, estimates, step_seconds
+from triaxial.plan.training.price import estimate, estimates, hop_seconds, step_seconds
+from triaxial.plan.training.zero_bubble_v import MOST_OPTIMISTIC, excess_seconds, is_optimistic
 from triaxial.plan.validation.practices import MEGATRON_2021
 from triaxial.plan.workload import Training
 
@@ -38,9 +42,31 @@ def test_parts_add_up_to_the_step(model: ModelSpec) -> None:
     for priced in estimates(model, PAIR, WORK, some):
         assert sum(priced.time_s.values()) == pytest.approx(priced.step_time_s, rel=1e-12)
         assert min(priced.time_s.values()) >= 0
+        assert set(priced.hidden_s) == {"tp", "cp", "pp", "dp"}
+        assert min(priced.hidden_s.values()) >= 0
         parts = {part: gib for part, gib in priced.memory_gib.items() if part != "peak"}
         assert sum(parts.values()) == pytest.approx(priced.memory_gib["peak"], rel=1e-12)
         assert min(parts.values()) >= 0
+
+
+def test_what_overlap_hides_was_exposed_without_it() -> None:
+    """But for the computation that collectives slow down. ZeRO-3 sends the same messages either way."""
+    model, layout = load_model_spec("llama-3.1-8b"), parse_layout("tp=2,dp=8,zero=3,sp=1")
+    blocking = replace(OURS, overlap_gradients=False, overlap_parameters=False)
+    beside, apart = (estimate(model, PAIR, WORK, layout, practice) for practice in (OURS, blocking))
+    assert apart.hidden_s["dp"] == 0
+    lost = TRAINING.interference * beside.hidden_s["dp"]
+    assert beside.time_s["exposed_dp"] - lost + beside.hidden_s["dp"] == pytest.approx(apart.time_s["exposed_dp"])
+    hides_tp = estimate(model, PAIR, WORK, layout, replace(OURS, overlap_tensor=True))
+    assert hides_tp.hidden_s["tp"] + hides_tp.time_s["exposed_tp"] == pytest.approx(beside.time_s["exposed_tp"])
+
+
+def test_every_transfer_is_exposed_or_hidden() -> None:
+    model, layout = load_model_spec("llama-3.1-8b"), parse_layout("tp=2,pp=4,mb=1")
+    table = layout_table([layout])
+    priced = estimate(model, NODE, WORK, layout)
+    sent = 2 * 64 * hop_seconds(model, WORK, table, place(NODE, table))[0]
+    assert priced.hidden_s["pp"] + priced.time_s["exposed_pp"] == pytest.approx(sent)
 
 
 def test_rates_are_the_step_in_other_units() -> None:
@@ -76,13 +102,15 @@ def test_recomputation_costs_a_forward_pass_and_saves_memory() -> None:
 def test_a_layer_takes_what_korthikanti_measured(
     sp: int, recompute: str, forward_ms: float, backward_ms: float
 ) -> None:
-    """arXiv 2205.05198, table 4: GPT 22B, micro-batch 4, 8-way tensor parallel on A100."""
+    """arXiv 2205.05198, table 4: GPT 22B, micro-batch 4, 8-way tensor parallel on A100. A layer by itself neither heats
+    the device nor waits for the slowest of many."""
     table = layout_table([parse_layout(f"tp=8,mb=4,sp={sp},recompute={recompute}")])
     model = gpt("22B", 48, 6144, 64)
     work = Training(global_batch=4, seq_len=2048, precision="fp16")
     priced = price_blocks(model, work, MEGATRON_2021, table, place(NODE, table))
+    alone = replace(TRAINING, held_rate=1.0, spread=0.0)
     forward, input_grad, weight_grad = (
-        1e3 * model_seconds(priced, table.recompute, MEGATRON_2021, TRAINING).dense_layer.phases[:, 0]
+        1e3 * model_seconds(priced, table.recompute, MEGATRON_2021, alone).dense_layer.phases[:, 0]
     )
     assert forward == pytest.approx(forward_ms, rel=0.1)
     assert input_grad + weight_grad == pytest.approx(backward_ms, rel=0.1)
@@ -142,12 +170,15 @@ def test_the_closed_form_is_what_playing_the_schedule_gives(text: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"])
-@pytest.mark.parametrize(("pp", "micro_batches"), [(8, 2), (8, 4), (8, 8), (4, 5), (4, 32), (8, 24), (16, 12)])
+@pytest.mark.parametrize(
+    ("pp", "micro_batches"), [(8, 2), (8, 4), (8, 8), (4, 5), (4, 32), (8, 24), (16, 12), (24, 26)]
+)
 @pytest.mark.parametrize("stage", [(1.0, 1.0, 1.0), (1.0, 1.1, 0.6), (1.0, 2.1, 0.9)])
 def test_bubbles_are_those_of_the_simulated_schedule(
     schedule: ScheduleKind, pp: int, micro_batches: int, stage: tuple[float, float, float]
 ) -> None:
-    """Equal stages; within a tenth, and exact but for ZB-V with about as many micro-batches as ranks."""
+    """Equal stages; exact but for ZB-V with fewer than two micro-batches a rank, where it is too short by less than a
+    tenth, and a hundredth, for the rounding of its parts, once that is played."""
     vpp = {"interleaved": 3, "zb-v": 2}.get(schedule, 1)
     if schedule == "interleaved" and micro_batches % pp:
         return
@@ -163,7 +194,11 @@ def test_bubbles_are_those_of_the_simulated_schedule(
     kind, ranks, virtual, count = (np.array([n]) for n in (SCHEDULES.index(schedule), pp, vpp, micro_batches))
     own, others = (StageSeconds(*(np.array([seconds * n]) for seconds in stage)) for n in (1, pp - 1))
     closed = micro_batches * sum(stage) + bubble_seconds(kind, ranks, virtual, count, own, others)[0]
-    assert closed == pytest.approx(simulated, rel=0.1 if schedule == "zb-v" else 1e-9)
+    if not is_optimistic(kind, ranks, count)[0]:
+        assert closed == pytest.approx(simulated, rel=0.013 if schedule == "zb-v" else 1e-9)
+        return
+    assert closed <= simulated * (1 + 1e-9) < closed * MOST_OPTIMISTIC
+    assert closed + excess_seconds(kind, ranks, count, own)[0] == pytest.approx(simulated, rel=0.01)
 
 
 @settings(max_examples=60, deadline=None)

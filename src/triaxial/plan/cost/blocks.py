@@ -21,9 +21,12 @@ from triaxial.plan.cost.operators import (
 from triaxial.plan.cost.practice import Practice
 from triaxial.plan.workload import Training
 
-FLASH_1_SLOWDOWN = 1.8
-"""FlashAttention-2 is 1.7 to 3.0 times as fast as FlashAttention and 1.3 to 2.5 times as fast as its Triton version
-(arXiv 2307.08691, section 4.1): their common middle."""
+ALIGNED_ELEMENTS = 8
+"""Elements of 16 bits in the 16 bytes that matrix units load at once."""
+UNALIGNED_SLOWDOWN = 2.5
+"""Of a product whose operand has rows that start elsewhere. Padding GPT-2's vocabulary from 50,257 to 50,304 took a
+quarter off nanoGPT's step on an A100 (A. Karpathy, February 2023), of which the head's two gradients, the products
+that read the logits' rows, are a fifth."""
 
 
 def enter_tensor_parallel(model: ModelSpec, training: Training, shard: Shard) -> Block:
@@ -53,10 +56,13 @@ def norm(model: ModelSpec, training: Training, shard: Shard, practice: Practice)
 
 
 def residual(model: ModelSpec, training: Training, shard: Shard, practice: Practice) -> Block:
-    """The residual addition, with bias and dropout where the model has them: two reads, one write."""
+    """The residual addition, with bias and dropout where the model has them: two reads, one write. Backward, the
+    gradients of the two branches are added as well."""
     size = shard.tokens_outside_tp(training.seq_len) * model.hidden * training.element_bytes
-    kernels = 3 if practice.dropout else 1
-    return passes((3.5 if practice.dropout else 3) * size, (2.5 if practice.dropout else 1) * size, practice, kernels)
+    added = Block(input_grad=(Pass(3 * size),))
+    if practice.dropout:
+        return added + passes(3.5 * size, 2.5 * size, practice, unfused_kernels=3)
+    return added + Block((Pass(3 * size),))
 
 
 def attention_core(model: ModelSpec, training: Training, shard: Shard, practice: Practice) -> Block:
@@ -67,20 +73,50 @@ def attention_core(model: ModelSpec, training: Training, shard: Shard, practice:
     if model.sliding_window:
         keys = np.minimum(keys, model.sliding_window)
     if practice.attention != "unfused":
-        slowdown = FLASH_1_SLOWDOWN if practice.attention == "flash-1" else 1.0
-        sizes = (shard.mb, heads, kv_heads, queries, keys, head_dim)
-        forward: tuple[Operator, ...] = (Attention(*sizes, slowdown=slowdown),)
-        return Block(forward, (Attention(*sizes, backward=True, slowdown=slowdown),), core=forward)
+        # each cp rank has an early and a late part of the sequence: its queries see half of the keys on average,
+        # as many as if they were the last of these
+        balanced = np.minimum(keys, (training.seq_len + queries) / 2)
+        sizes = (shard.mb, heads, kv_heads, queries, balanced, head_dim)
+        forward: tuple[Operator, ...] = (Attention(*sizes, kernel=practice.attention),)
+        fused = Block(forward, (Attention(*sizes, backward=True, kernel=practice.attention),), core=forward)
+        return fused + ring_sums(shard, queries * head_dim * heads, queries * head_dim * kv_heads, practice)
     batch = shard.mb * heads
     scores = batch * queries * keys * training.element_bytes
     inner = Gemm(queries, keys, head_dim, batch, narrow=False)
     outer = Gemm(queries, head_dim, keys, batch, narrow=False)
-    # softmax reads and writes the scores; dropout reads them, writes them and a one-byte mask
-    softmax = Pass(2 * scores)
+    # heads lie beside each other in the projection, and apart in the products
+    copied = Pass(2 * shard.mb * heads * queries * head_dim * training.element_bytes)
+    softmax, softmax_gradient = softmax_passes(batch, scores)
+    # dropout reads the probabilities, writes them and a one-byte mask
     dropout = (Pass(2.5 * scores),) if practice.dropout else ()
-    forward = (inner, softmax, *dropout, outer)
-    backward = (outer, inner, *dropout, Pass(3 * scores), outer, outer)
+    forward = (inner, softmax, *dropout, outer, copied)
+    backward = (copied, outer, inner, *dropout, softmax_gradient, outer, outer)
     return Block(forward, backward, core=forward)
+
+
+def ring_sums(shard: Shard, outputs: Size, keys: Size, practice: Practice) -> Block:
+    """Ring attention (arXiv 2310.01889) adds up in fp32 what each of its cp steps gives: the output forward, the
+    gradients of queries, keys and values backward.
+
+    Args:
+        outputs: elements of one sequence's queries on a rank; `keys` those of its keys.
+    """
+    additions = 10 * (np.asarray(shard.cp) - 1) * shard.mb  # reads the sum and the step's 16 bits, writes the sum
+    return passes(additions * outputs, additions * (outputs + 2 * keys), practice, unfused_kernels=5)
+
+
+def softmax_passes(matrices: Size, scores: Size) -> tuple[Pass, Pass]:
+    """Masked softmax over `scores` bytes, forward and backward, outside a fused attention.
+
+    Megatron's kernel reads and writes them, or reads two and writes one; but it takes four attention matrices at a
+    time (`is_kernel_available` of its fused_softmax.py). Other numbers are cast to fp32, scaled, masked, normalised
+    and cast back one after the other.
+    """
+    fused = np.asarray(matrices) % 4 == 0
+    return (
+        Pass(scores * np.where(fused, 2, 18), np.where(fused, 1, 5)),
+        Pass(scores * np.where(fused, 3, 20), np.where(fused, 1, 5)),
+    )
 
 
 def kv_heads_per_rank(model: ModelSpec, tp: Size) -> Size:
@@ -119,7 +155,9 @@ def projections_in(model: ModelSpec, training: Training, shard: Shard, practice:
         )
     q = model.num_heads * model.head_dim / shard.tp
     kv = kv_heads_per_rank(model, shard.tp) * model.head_dim
-    fused = linear(tokens, q + 2 * kv, model.hidden, training, practice)
+    # the gradients of queries, keys and values are put together again
+    joined = Block(input_grad=(Pass(2 * tokens * (q + 2 * kv) * training.element_bytes),))
+    fused = linear(tokens, q + 2 * kv, model.hidden, training, practice, bias=model.qkv_bias) + joined
     if model.learned_positions:
         return fused
     rotary = 2 * tokens * (q + kv) * training.element_bytes
@@ -136,7 +174,7 @@ def attention(model: ModelSpec, training: Training, shard: Shard, practice: Prac
         + projections_in(model, training, shard, practice)
         + context_exchange(model, training, shard)
         + attention_core(model, training, shard, practice)
-        + linear(tokens, model.hidden, model.num_heads * value / shard.tp, training, practice)
+        + linear(tokens, model.hidden, model.num_heads * value / shard.tp, training, practice, bias=model.out_bias)
         + leave_tensor_parallel(model, training, shard)
         + residual(model, training, shard, practice)
     )
@@ -153,9 +191,9 @@ def mlp(model: ModelSpec, width: Size, training: Training, shard: Shard, practic
     """The two (gated: fused gate and up, then down) projections of a dense feed-forward layer `width` wide."""
     tokens, own = shard.tokens(training.seq_len), width / shard.tp
     return (
-        linear(tokens, (2 if model.gated_mlp else 1) * own, model.hidden, training, practice)
+        linear(tokens, (2 if model.gated_mlp else 1) * own, model.hidden, training, practice, bias=model.mlp_bias)
         + activation(own, tokens, model.gated_mlp, training, practice)
-        + linear(tokens, model.hidden, own, training, practice)
+        + linear(tokens, model.hidden, own, training, practice, bias=model.mlp_bias)
     )
 
 
@@ -175,15 +213,15 @@ def expert_layer(model: ModelSpec, training: Training, shard: Shard, practice: P
     """One decoder layer with experts, tokens spread evenly over them.
 
     Each rank sends its tokens' copies to the ranks of their experts and gets them back (arXiv 2006.16668); on an
-    expert's rank they meet those of the other ep ranks.
+    expert's rank they meet those of the other ep ranks. Where ep reaches over tp ranks, fewer of these cut an expert.
     """
     experts = model.experts
     assert experts is not None
     tokens = shard.tokens(training.seq_len)
-    copies = tokens * experts.per_token
+    copies = tokens * experts.per_token / shard.folds
     local = experts.count / shard.ep
     rows = copies / local  # as many arrive from the other ranks as are sent to them
-    width = experts.ffn / shard.tp
+    width = experts.ffn / (shard.tp / shard.folds)
     size = shard.tokens_outside_tp(training.seq_len) * experts.per_token * model.hidden * training.element_bytes
     exchange = Collective("all_to_all", size * np.where(np.asarray(shard.ep) > 1, 1, 0), "ep")
     permute = passes(
@@ -232,11 +270,14 @@ def head(model: ModelSpec, training: Training, shard: Shard, practice: Practice)
         if practice.fused_passes
         else Block((Pass(18 * logits, 4),), (Pass(22 * logits, 4),))
     )
+    aligned = practice.pads_vocabulary or np.floor(vocab) % ALIGNED_ELEMENTS == 0
+    product = linear(tokens, vocab, model.hidden, training, practice)
+    product = product.with_slower_gradients(np.where(aligned, 1.0, UNALIGNED_SLOWDOWN))
     statistics = tuple(Collective("all_reduce", 4 * tokens, "tp") for _ in range(3))  # maximum, target, sum
     return (
         norm(model, training, shard, practice)
         + enter_tensor_parallel(model, training, shard)
-        + linear(tokens, vocab, model.hidden, training, practice)
+        + product
         + loss
         + Block(statistics)
     )

@@ -19,6 +19,7 @@ from triaxial.cluster.hardware import NETWORK_LINKS, Tier
 from triaxial.cluster.spec import Cluster
 from triaxial.plan.cost.compute import launch_seconds
 from triaxial.plan.cost.constants import COLLECTIVES, CollectiveConstants
+from triaxial.plan.cost.timed import timed_collective_seconds
 
 CollectiveKind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send_recv", "broadcast"]
 Seconds = npt.NDArray[np.float64]
@@ -27,6 +28,8 @@ _BETWEEN_PEERS = frozenset({"all_to_all", "send_recv"})
 """Collectives made of point-to-point messages, for which NCCL has no LL128."""
 _ONE_RING = frozenset({"pcie", "pcie-host", "pcie-socket"})
 """Links over which NCCL finds a single ring, which leaves a unit by one device's link only."""
+_OWN_TUNER = frozenset({"efa", "efa1"})
+"""Networks whose NCCL plugin chooses algorithms by measurement (aws-ofi-nccl)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ def collective_seconds(
     levels = _levels(cluster, group, constants)
     if not levels:
         return np.zeros_like(size)
+    timed = timed_collective_seconds(cluster, kind, size, group.members, group.sharing)
+    if timed is not None:
+        return timed
     start = constants.launch_share * launch_seconds(cluster.device)
     low_latency = [constants.ll] if kind in _BETWEEN_PEERS else [constants.ll, constants.ll128]
     best = np.full_like(size, np.inf)
@@ -162,12 +168,19 @@ def collective_seconds(
 
 
 def direct_all_reduce_seconds(
-    cluster: Cluster, bytes: npt.ArrayLike, group: Group, constants: CollectiveConstants = COLLECTIVES
+    cluster: Cluster,
+    bytes: npt.ArrayLike,
+    group: Group,
+    constants: CollectiveConstants = COLLECTIVES,
+    rate_share: float = 1.0,
 ) -> Seconds:
     """Seconds of an all-reduce by an inference engine that has kernels which read the peers' memory over NVLink.
 
     One shot: every rank reads all buffers and adds them up. Two shots: every rank adds up its part, then all read the
     parts. Each shot waits for the peers once before and once after. NCCL takes what these cannot do or does faster.
+
+    Args:
+        rate_share: of the rate that NCCL's long messages reach, what these kernels' reads do.
     """
     size = np.asarray(bytes, dtype=np.float64)
     best = collective_seconds(cluster, "all_reduce", size, group, constants)
@@ -176,8 +189,9 @@ def direct_all_reduce_seconds(
         return best
     level, peers = levels[0], group.size - 1
     wait = constants.peer_hops * level.latency_s
-    one_shot = 2 * wait + peers * size / level.bytes_per_s
-    two_shots = 3 * wait + 2 * peers / group.size * size / level.bytes_per_s
+    rate = level.bytes_per_s * rate_share
+    one_shot = 2 * wait + peers * size / rate
+    two_shots = 3 * wait + 2 * peers / group.size * size / rate
     return np.minimum(best, launch_seconds(cluster.device) + np.minimum(one_shot, two_shots))
 
 
@@ -218,9 +232,12 @@ def _tree_all_reduce(levels: list[_Level]) -> _Way:
     """Reduced up and broadcast down: a chain inside a node, double binary trees between nodes (Sanders, Speck,
     Traeff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", Parallel Computing 35 (2009)).
 
-    Every link below the root carries the whole message both up and down; between two units, once.
+    Every link below the root carries the whole message both up and down. Between two nodes it carries it once, but
+    NCCL counts twice all the same (tuning.cc: a tree's algorithm bandwidth is half its bus bandwidth) and so turns to
+    the ring; EFA's plugin chooses by itself.
     """
-    cost = [(min(2.0, level.fan_out - 1) if level.is_network else 2.0) / level.ring_bytes_per_s for level in levels]
+    once = [level.fan_out == 2 and level.tier.link in _OWN_TUNER for level in levels]
+    cost = [(1.0 if single else 2.0) / level.ring_bytes_per_s for single, level in zip(once, levels)]
     slowest = levels[cost.index(max(cost))]
     return _Way(2 * _tree_latency(levels), max(cost), slowest.ramp_s)
 

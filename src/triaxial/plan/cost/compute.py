@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from triaxial.cluster.hardware import BYTES_PER_ELEMENT, Device, Precision
 from triaxial.plan.cost.constants import COMPUTE, ComputeConstants
+from triaxial.plan.cost.timed import timed_attention_seconds, timed_gemm_seconds
 
 Seconds = npt.NDArray[np.float64]
 
@@ -49,6 +50,7 @@ def sustained_flop_per_s(device: Device, precision: Precision, constants: Comput
     reference = figures.narrow if precision in NARROW else figures.wide
     if device.gemm_efficiency is not None:
         return peak * device.gemm_efficiency * reference / figures.wide
+    assert device.power_w is not None, "every catalogued device has a power limit"
     power = device.power_w / (device.peak("fp16") / 1e12) / figures.reference_w_per_tflop
     return float(peak * min(_HIGHEST_SHARE, reference * power ** (1 / 3)))
 
@@ -73,6 +75,7 @@ def gemm_seconds(
     precision: Precision,
     batch: npt.ArrayLike = 1,
     constants: ComputeConstants = COMPUTE,
+    weight_bytes: float | None = None,
 ) -> Seconds:
     """Seconds of one launch of `batch` matrix products (m, k) x (k, n).
 
@@ -81,14 +84,20 @@ def gemm_seconds(
     The weight comes from memory: a model's next layer has long driven it out of the cache. A product in 8 or 4 bits
     includes the cast of its (m, k) input from 16 bits; results have 16 bits.
 
+    Args:
+        weight_bytes: bytes per element of the (k, n) weight where it is stored narrower than it is multiplied.
+
     Raises:
         BadInput: the device has no units for the precision.
     """
+    if device.timings is not None:
+        return timed_gemm_seconds(device.timings.gemm_in(precision), m, n, k, batch)
     m, n, k, batch = np.broadcast_arrays(*(np.asarray(size, dtype=np.float64) for size in (m, n, k, batch)))
     stream = memory_bytes_per_s(device, constants)
     multiprocessor = sustained_flop_per_s(device, precision, constants) / device.sm_count
     element = BYTES_PER_ELEMENT[precision]
-    operands = batch * (element * (m * k + k * n) + max(element, 2.0) * m * n) / stream
+    stored = element if weight_bytes is None else weight_bytes
+    operands = batch * (element * m * k + stored * k * n + max(element, 2.0) * m * n) / stream
     one_partial = 8.0 * batch * m * n / stream  # a float32 written and read back
     best = np.full(m.shape, np.inf)
     for split in SPLITS:
@@ -145,6 +154,16 @@ def attention_seconds(
     Raises:
         BadInput: the device has no units for the precision.
     """
+    if device.timings is not None:
+        return timed_attention_seconds(
+            device.timings.attention_in(precision),
+            batch=batch,
+            heads=heads,
+            queries=queries,
+            keys=keys,
+            head_dim=head_dim,
+            backward=backward,
+        )
     b, h, g, q, s, d = (np.asarray(x, dtype=np.float64) for x in (batch, heads, kv_heads, queries, keys, head_dim))
     if not flash:
         return _unfused_attention_seconds(device, b * h, q, s, d, precision, backward, constants)

@@ -6,14 +6,14 @@ Sizes may be numbers or numpy arrays over many layouts at once. `plan/cost/block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triaxial.plan.cost.collectives import CollectiveKind
-from triaxial.plan.cost.practice import Practice
+from triaxial.plan.cost.practice import AttentionKernel, Practice
 from triaxial.plan.workload import Training
 
 Size = float | NDArray[Any]
@@ -29,6 +29,8 @@ class Gemm:
     k: Size
     batch: Size = 1
     narrow: bool = True
+    slowdown: Size = 1.0
+    """Against operands whose rows start at multiples of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Attention:
     keys: Size
     head_dim: Size
     backward: bool = False
-    slowdown: float = 1.0
-    """Against FlashAttention-2."""
+    kernel: AttentionKernel = "flash-3"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Pass:
     """Memory-bound work: `bytes` read or written by `kernels` kernels."""
 
     bytes: Size
-    kernels: int = 1
+    kernels: Size = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Block:
             self.core + other.core,
         )
 
+    def with_slower_gradients(self, slowdown: Size) -> Block:
+        """The same block with its gradients' matrix products slowed down."""
+        input_grad, weight_grad = (
+            tuple(replace(op, slowdown=slowdown) if isinstance(op, Gemm) else op for op in phase)
+            for phase in (self.input_grad, self.weight_grad)
+        )
+        return replace(self, input_grad=input_grad, weight_grad=weight_grad)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -95,6 +104,8 @@ class Shard:
     ep: Size
     mb: Size
     sp: Size
+    folds: Size = 1
+    """Tensor-parallel ranks that hold different experts; the others share each expert."""
 
     def tokens(self, seq_len: int) -> Size:
         """Tokens of one micro-batch on one context-parallel rank."""
@@ -105,12 +116,16 @@ class Shard:
         return self.tokens(seq_len) / np.where(self.sp, self.tp, 1)
 
 
-def linear(tokens: Size, n: Size, k: Size, training: Training, practice: Practice, batch: Size = 1) -> Block:
-    """A weight [k, n] applied to `tokens` rows, `batch` times (experts), with its gradient accumulation."""
+def linear(
+    tokens: Size, n: Size, k: Size, training: Training, practice: Practice, batch: Size = 1, bias: bool = False
+) -> Block:
+    """A weight [k, n] applied to `tokens` rows, `batch` times (experts), with its gradient accumulation. A bias is
+    added in passing, but its gradient reads the output's once more."""
+    bias_grad = (Pass(batch * tokens * n * training.element_bytes),) if bias else ()
     return Block(
         (Gemm(tokens, n, k, batch),),
         (Gemm(tokens, k, n, batch),),
-        (Gemm(k, n, tokens, batch), *accumulation(batch * k * n, training, practice)),
+        (Gemm(k, n, tokens, batch), *bias_grad, *accumulation(batch * k * n, training, practice)),
     )
 
 

@@ -15,7 +15,8 @@ Floats = NDArray[np.float64]
 
 SPANS = ("tp", "cp", "pp", "shard", "replicas", "data", "ep")
 """The axes that communicate. `data` is dp and cp together: the ranks that reduce gradients; `shard` is the part of
-it that ZeRO shards over, `replicas` what remains; `ep` is the part that experts are spread over."""
+it that ZeRO shards over, `replicas` what remains; `ep` is the part that experts are spread over, or all of
+it and some of tp."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def place(cluster: Cluster, table: LayoutTable) -> Placement:
         "data": (data, table.dp * table.cp),
         "shard": (data, sharded),
         "replicas": (data * sharded, table.dp * table.cp // sharded),
-        "ep": (data, table.ep),
+        "ep": (np.where(table.expert_folds > 1, np.minimum(stride["tp"], data), data), table.ep),
     }
     keys = {span: step * (cluster.num_gpus + 1) + size for span, (step, size) in wanted.items()}
     distinct, inverse = np.unique(np.concatenate(list(keys.values())), return_inverse=True)

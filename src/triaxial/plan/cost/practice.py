@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-AttentionKernel = Literal["unfused", "flash-1", "flash-2"]
+from triaxial.cluster.hardware import Generation
+
+AttentionKernel = Literal["unfused", "flash-1", "flash-2", "flash-3"]
+
+
+EAGER_OPERATIONS_PER_KERNEL = 3.0
+"""A GPT layer in eager PyTorch dispatches about 145 operations, views, transposes and saved tensors included, to run
+forward and backward once: 49 of them are kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +24,21 @@ class Practice:
     """
 
     attention: AttentionKernel = "flash-2"
-    """`unfused` writes the score matrix to memory; `flash-1` (arXiv 2205.14135) and `flash-2` (2307.08691) do not."""
+    """`unfused` writes the score matrix to memory; `flash-1` (arXiv 2205.14135), `flash-2` (2307.08691) and `flash-3`
+    (2407.08608), whose rates cuDNN's kernels share, do not."""
     dropout: bool = False
     """Dropout on attention scores and on both residual branches, each with its saved mask."""
     fused_passes: bool = True
     """Chains of element-wise operations run as one kernel (hand-written, or by a compiler)."""
     fused_accumulation: bool = False
     """The weight-gradient product adds to the gradient buffer itself; False adds in a pass of its own."""
+    pads_vocabulary: bool = True
+    """The vocabulary is padded so that its rows start at multiples of 16 bytes on every rank."""
+    operations_per_kernel: float = EAGER_OPERATIONS_PER_KERNEL
+    """Operations that the host dispatches for each kernel that runs."""
+    host_runs_ahead: bool = True
+    """The host issues what follows a collective while that still runs; False where steps were put together from
+    layers and collectives that were measured apart."""
     selective: Literal["attention", "half"] = "attention"
     """What selective recomputation runs again: the attention core (arXiv 2205.05198), or half of everything
     (every second layer or product)."""
@@ -44,6 +59,19 @@ class Practice:
     staggered_steps: bool = False
     """A pipeline rank updates its parameters and goes on without waiting for the others, and rolls back if the
     global gradient norm says so (arXiv 2401.10241, section 4)."""
+
+
+def attention_slowdown(kernel: AttentionKernel, generation: Generation) -> float:
+    """Time of a fused attention over that of the best kernel for a generation of devices.
+
+    FlashAttention-2 is 1.7 to 3.0 times as fast as FlashAttention and 1.3 to 2.5 times as fast as its Triton version
+    (arXiv 2307.08691, section 4.1): 1.8 is their common middle. FlashAttention-3 is 1.5 to 2.0 times as fast as
+    FlashAttention-2 on Hopper (arXiv 2407.08608, abstract), whose asynchronous matrix units the latter cannot use.
+    """
+    slowdown = 1.8 if kernel == "flash-1" else 1.0
+    if kernel != "flash-3" and generation in ("hopper", "blackwell"):
+        slowdown *= 1.75
+    return slowdown
 
 
 OURS = Practice()

@@ -12,6 +12,8 @@ from triaxial.cluster.hardware import Device
 from triaxial.plan.cost.collectives import CollectiveKind
 from triaxial.plan.cost.compute import attention_seconds, gemm_seconds, pass_seconds
 from triaxial.plan.cost.operators import Attention, Axis, Block, Collective, Gemm, Operator, Pass
+from triaxial.plan.cost.practice import attention_slowdown
+from triaxial.plan.cost.timed import timed_pass_seconds
 from triaxial.plan.workload import Precision
 
 Floats = NDArray[np.float64]
@@ -66,12 +68,14 @@ def price_operators(
     wide: Precision = "bf16" if precision in ("fp8", "fp4") else precision
     for op in operators:
         if not isinstance(op, Collective):
-            busy["kernels"] += op.kernels if isinstance(op, Pass) else 1
+            busy["kernels"] += op.kernels * (np.asarray(op.bytes) > 0) if isinstance(op, Pass) else 1
         if isinstance(op, Gemm):
-            seconds = gemm_seconds(device, op.m, op.n, op.k, precision if op.narrow else wide, batch=op.batch)
+            own = precision if op.narrow else wide
+            seconds = op.slowdown * gemm_seconds(device, op.m, op.n, op.k, own, batch=op.batch)
             busy["matmul" if op.narrow else "attention"] += seconds
         elif isinstance(op, Attention):
-            busy["attention"] += op.slowdown * attention_seconds(
+            slowdown = 1.0 if device.timings else attention_slowdown(op.kernel, device.generation)
+            busy["attention"] += slowdown * attention_seconds(
                 device,
                 batch=op.sequences,
                 heads=op.heads,
@@ -83,12 +87,22 @@ def price_operators(
                 backward=op.backward,
             )
         elif isinstance(op, Pass):
-            busy["passes"] += pass_seconds(device, op.bytes)
+            busy["passes"] += _pass_seconds(device, op, wide)
         else:
             seconds = collective(op.axis, op.kind, np.broadcast_to(np.asarray(op.bytes, float), (shards,)))
             busy[op.axis] += seconds
             busy["collectives"] += seconds > 0
     return Seconds(**busy)
+
+
+def _pass_seconds(device: Device, op: Pass, precision: Precision) -> Floats:
+    """A pass over nothing does not run."""
+    seconds = (
+        pass_seconds(device, op.bytes)
+        if device.timings is None
+        else timed_pass_seconds(device.timings, op.bytes, op.kernels, precision)
+    )
+    return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)
 
 
 def price_block(

@@ -18,6 +18,7 @@ from triaxial.plan.search.enumerate import count_members, families, members
 from triaxial.plan.training.block_seconds import PricedBlocks, model_seconds, price_blocks
 from triaxial.plan.training.constants import TRAINING
 from triaxial.plan.training.price import Estimate, all_ranks, estimates, fits, memory_of, step_seconds
+from triaxial.plan.training.zero_bubble_v import MOST_OPTIMISTIC, is_optimistic
 from triaxial.plan.workload import Training
 
 Floats = NDArray[np.float64]
@@ -102,11 +103,11 @@ def search(
     promising = np.flatnonzero(fits(cluster, space.least_bytes))
     order = promising[np.argsort(bounds[promising], kind="stable")]
     tables: list[LayoutTable] = []
-    steps, peaks = np.zeros(0), np.zeros(0)
+    steps, at_most_steps, peaks = np.zeros(0), np.zeros(0), np.zeros(0)
     num_priced, at = 0, 0
     smallest = float(space.least_bytes.min())
     while at < len(order):
-        limit = min(at_most, _limit(steps, top, within))
+        limit = min(at_most, _limit(at_most_steps, top, within))
         chosen = order[at : at + _families_at_once(at)]
         chosen = chosen[bounds[chosen] <= limit]
         if len(chosen) == 0:
@@ -114,7 +115,7 @@ def search(
         at += len(chosen)
         table, origin = members(model, training, candidates.take(chosen))
         loads = heaviest_ranks(model, training.seq_len, table, table.micro_batches(training.global_batch))
-        peak = memory_of(model, training, OURS, table, loads).peak
+        peak = memory_of(model, training, OURS, table, loads).on(cluster.device).peak
         smallest = float(peak.min()) if len(tables) == 0 else smallest
         rows = np.flatnonzero(fits(cluster, peak))
         if len(rows) == 0:
@@ -125,6 +126,7 @@ def search(
         good = np.flatnonzero(step <= limit)
         tables.append(table.take(good))
         steps, peaks = np.concatenate([steps, step[good]]), np.concatenate([peaks, peak[rows][good]])
+        at_most_steps = np.concatenate([at_most_steps, _longest(training, table.take(good), step[good])])
         num_priced += len(table)
     if len(steps) == 0:
         raise NoAnswer(
@@ -132,13 +134,33 @@ def search(
             f"{cluster.device.name} has {cluster.device.memory_bytes / 2**30:.0f} GiB"
         )
     ranked = np.lexsort((peaks, steps))
-    count = max(top, int((steps <= steps.min() * (1 + within)).sum()) if within else 0)
-    everything = _concatenate(tables)
+    count = max(top, int((steps <= at_most_steps.min() * (1 + within)).sum()) if within else 0)
+    everything = _concatenate(tables).take(ranked)
     return Found(
-        best=tuple(estimates(model, cluster, training, everything.take(ranked[:count]))),
+        best=_exactly(model, cluster, training, everything, steps[ranked], count),
         considered=count_members(model, training, candidates),
         priced=num_priced,
     )
+
+
+def _longest(training: Training, table: LayoutTable, step: Floats) -> Floats:
+    """Seconds that steps cannot exceed when they are played."""
+    inexact = is_optimistic(table.schedule, table.pp, table.micro_batches(training.global_batch))
+    return np.asarray(step * np.where(inexact, MOST_OPTIMISTIC, 1.0))
+
+
+def _exactly(
+    model: ModelSpec, cluster: Cluster, training: Training, ranked: LayoutTable, steps: Floats, count: int
+) -> tuple[Estimate, ...]:
+    """The `count` fastest layouts with inexact closed forms played. `steps` are the closed forms, shortest first: none
+    can be faster than its own."""
+    tried = count
+    while True:
+        found = estimates(model, cluster, training, ranked.take(np.arange(min(tried, len(ranked)))))
+        found.sort(key=lambda e: e.step_time_s)
+        if tried >= len(ranked) or found[count - 1].step_time_s <= steps[tried]:
+            return tuple(found[:count])
+        tried *= 2
 
 
 def _placed_differently(cluster: Cluster, every: LayoutTable) -> tuple[LayoutTable, Placement]:

@@ -13,6 +13,7 @@ from triaxial.cluster.hardware import NETWORK_LINKS
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout
+from triaxial.plan.legal import check_training_layout
 from triaxial.plan.search.best import search
 from triaxial.plan.search.what_if import Resource, has_network, scaled, with_gpus
 from triaxial.plan.training.price import estimate
@@ -37,7 +38,7 @@ class Flip:
     layout: str
     """The layout that wins there; empty if none fits or none changes."""
     unit: str
-    """Empty for counts, which are tried in doublings only."""
+    """Empty for counts."""
     upward: bool
 
     @property
@@ -50,7 +51,8 @@ class Flip:
             return f"With up to {2**REACH}x {self.direction} no other mixture wins"
         winner = f"{self.layout} wins" if self.layout else "nothing fits"
         if not self.unit:
-            return f"{self.what} {self.at:,.0f} (now {self.now:,.0f}): {winner}"
+            side = "more" if self.upward else "fewer" if self.what == "GPUs" else "less"
+            return f"{self.what} {self.at:,.0f} and {side} (now {self.now:,.0f}): {winner}"
         side = "above" if self.upward else "below"
         return f"{self.what} {side} {self.at:.3g} {self.unit} (now {self.now:.3g}): {winner}"
 
@@ -71,14 +73,9 @@ def _flips(model: ModelSpec, cluster: Cluster, training: Training, winner: Layou
         for upward in (False, True):
             vary = partial(_with_resource, (cluster, training), resource)
             yield _continuous(wins, vary, what, now, unit, winner, upward)
-    counts: tuple[tuple[str, int, Callable[[int], World]], ...] = (
-        ("sequence length", training.seq_len, lambda n: (cluster, replace(training, seq_len=n))),
-        ("global batch", training.global_batch, lambda n: (cluster, replace(training, global_batch=n))),
-        ("GPUs", cluster.num_gpus, lambda n: (with_gpus(cluster, n), training)),
-    )
-    for what, count, with_count in counts:
+    for count in _counts(model, cluster, training, winner):
         for upward in (False, True):
-            yield _doubling(wins, with_count, what, count, winner, upward)
+            yield _counted(wins, count, winner, upward)
 
 
 def _resources(cluster: Cluster) -> list[tuple[str, Resource, float, str]]:
@@ -144,24 +141,83 @@ def _continuous(
     return Flip(what, now, now * far, str(found or ""), unit, upward)
 
 
-def _doubling(
-    wins: Callable[[World], Layout | None],
-    vary: Callable[[int], World],
-    what: str,
-    now: int,
-    winner: Layout,
-    upward: bool,
-) -> Flip:
-    """Counts go in doublings: between them most layouts do not divide evenly, which says nothing of cost."""
-    count = now
-    for _ in range(REACH):
-        if not upward and count % 2:
-            break
-        count = count * 2 if upward else count // 2
+@dataclass(frozen=True)
+class _Count:
+    """A circumstance that is a whole number."""
+
+    what: str
+    now: int
+    world: Callable[[int], World]
+    step: int
+    """Values at which today's layout, or the same with another dp, is legal are multiples of this."""
+    legal: Callable[[int], bool]
+
+    def between(self, near: int, far: int) -> list[int]:
+        """Legal values from `near` to `far`, both excluded and no two closer than `PRECISION`."""
+        low, high = sorted((near, far))
+        chosen = [low]
+        for value in range(low - low % self.step + self.step, high, self.step):
+            if value >= chosen[-1] * PRECISION and self.legal(value):
+                chosen.append(value)
+        return chosen[1:] if near < far else chosen[:0:-1]
+
+
+def _counts(model: ModelSpec, cluster: Cluster, training: Training, winner: Layout) -> tuple[_Count, ...]:
+    copy = winner.tp * winner.pp * winner.cp
+
+    def carries(work: Training) -> bool:
         try:
-            found = wins(vary(count))
+            check_training_layout(winner, model, cluster, work)
+        except BadInput:
+            return False
+        return True
+
+    def whole_nodes(gpus: int) -> bool:
+        node = cluster.gpus_per_node
+        return (gpus % node == 0 or node % gpus == 0) and training.global_batch % (gpus // copy) == 0
+
+    def with_seq_len(n: int) -> World:
+        return cluster, replace(training, seq_len=n)
+
+    def with_batch(n: int) -> World:
+        return cluster, replace(training, global_batch=n)
+
+    def in_sequences(n: int) -> bool:
+        return carries(replace(training, seq_len=n))
+
+    def in_batches(n: int) -> bool:
+        return carries(replace(training, global_batch=n))
+
+    return (
+        _Count("sequence length", training.seq_len, with_seq_len, 2 * winner.cp * winner.tp, in_sequences),
+        _Count("global batch", training.global_batch, with_batch, winner.dp * winner.mb, in_batches),
+        _Count("GPUs", cluster.num_gpus, lambda n: (with_gpus(cluster, n), training), copy, whole_nodes),
+    )
+
+
+def _counted(wins: Callable[[World], Layout | None], count: _Count, winner: Layout, upward: bool) -> Flip:
+    """Double or halve until the winner changes, then bisect over the values at which it could still win: at others it
+    merely does not divide, which says nothing of cost."""
+    near, far = count.now, count.now
+    for _ in range(REACH):
+        if not upward and far % 2:
+            return Flip(count.what, count.now, None, "", "", upward)
+        near, far = far, far * 2 if upward else far // 2
+        try:
+            found = wins(count.world(far))
         except BadInput:  # nothing is known of such a cluster
-            break
+            return Flip(count.what, count.now, None, "", "", upward)
         if not _same(found, winner):
-            return Flip(what, now, count, str(found or ""), "", upward)
-    return Flip(what, now, None, "", "", upward)
+            break
+    else:
+        return Flip(count.what, count.now, None, "", "", upward)
+    between = [*count.between(near, far), far]
+    first, last = 0, len(between) - 1  # the winner loses at `last`, and wins before `first`
+    while first < last:
+        middle = (first + last) // 2
+        there = wins(count.world(between[middle]))
+        if _same(there, winner):
+            first = middle + 1
+        else:
+            last, found = middle, there
+    return Flip(count.what, count.now, between[last], str(found or ""), "", upward)

@@ -15,22 +15,28 @@ def scaled(cluster: Cluster, resource: Resource, factor: float) -> Cluster:
     device = cluster.device
     if resource == "arithmetic":
         peaks = {precision: peak * factor for precision, peak in device.peak_flop_per_s.items()}
-        device = device.model_copy(update={"peak_flop_per_s": peaks, "power_w": device.power_w * factor})
+        device = device.model_copy(
+            update={"peak_flop_per_s": peaks, "power_w": device.power_w and device.power_w * factor}
+        )
     elif resource == "memory bandwidth":
         rate = device.memory_bandwidth_bytes_per_s * factor
         device = device.model_copy(update={"memory_bandwidth_bytes_per_s": rate})
     elif resource == "memory":
         device = device.model_copy(update={"memory_bytes": device.memory_bytes * factor})
     else:
-        network = resource == "network"
-        tiers = tuple(
-            tier.model_copy(update={"bandwidth_bytes_per_s": tier.bandwidth_bytes_per_s * factor})
-            if (tier.link in NETWORK_LINKS) == network
-            else tier
-            for tier in cluster.tiers
-        )
-        return cluster.model_copy(update={"tiers": tiers})
+        return _with_links(cluster, resource == "network", factor)
     return cluster.model_copy(update={"device": device})
+
+
+def _with_links(cluster: Cluster, network: bool, factor: float) -> Cluster:
+    """Other rates of the network's links, or of those inside nodes; and of what a probe has timed over them."""
+    chosen = [index for index, tier in enumerate(cluster.tiers) if (tier.link in NETWORK_LINKS) == network]
+    tiers = tuple(
+        tier.model_copy(update={"bandwidth_bytes_per_s": tier.bandwidth_bytes_per_s * factor}) if i in chosen else tier
+        for i, tier in enumerate(cluster.tiers)
+    )
+    timings = tuple(t.with_bandwidth(factor) if any(t.crosses(tier) for tier in chosen) else t for t in cluster.timings)
+    return cluster.model_copy(update={"tiers": tiers, "timings": timings})
 
 
 def has_network(cluster: Cluster) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from triaxial.cluster.hardware import Device
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.blocks import dense_layer, embedding, expert_layer, head
 from triaxial.plan.cost.operators import Block, Shard
@@ -23,18 +22,15 @@ from triaxial.plan.workload import Training
 Floats = NDArray[np.float64]
 
 
-POWER_LIMITED_W_PER_TFLOP = 1.0
-"""Watts per peak 16-bit TFLOP/s below which power, not the clock's ceiling, limits long runs of matrix products: the
-A100 has 1.28, the H100 0.71, Blackwell about 0.5."""
-
-
 @dataclass(frozen=True)
 class BlockSeconds:
-    """Seconds of one block and micro-batch."""
+    """Seconds of one block, or of all that a rank holds, and one micro-batch."""
 
     table: Floats
     """[phase, part, layout]: forward, input gradient (with recomputation), weight gradient; and of each computation,
     then exposed communication on the tp, cp and ep axes."""
+    hidden: Floats
+    """[phase, part, layout]: communication on the tp and cp axes that runs beside the computation."""
 
     @property
     def phases(self) -> Floats:
@@ -48,6 +44,12 @@ class BlockSeconds:
         total: Floats = self.table.sum(axis=(0, 1))
         return total
 
+    def __add__(self, other: BlockSeconds) -> BlockSeconds:
+        return BlockSeconds(self.table + other.table, self.hidden + other.hidden)
+
+    def times(self, count: Floats) -> BlockSeconds:
+        return BlockSeconds(self.table * count, self.hidden * count)
+
 
 @dataclass(frozen=True)
 class ModelSeconds:
@@ -59,16 +61,14 @@ class ModelSeconds:
     embedding: BlockSeconds
     head: BlockSeconds
 
-    def on_rank(self, rank: Loads) -> Floats:
-        """Seconds of one micro-batch of all that ranks hold, [phase, part, layout]."""
-        table: Floats = (
-            rank.dense_layers * self.dense_layer.table
-            + rank.embedding * self.embedding.table
-            + rank.head * self.head.table
+    def on_rank(self, rank: Loads) -> BlockSeconds:
+        """Seconds of one micro-batch of all that ranks hold."""
+        held = (
+            self.dense_layer.times(rank.dense_layers)
+            + self.embedding.times(rank.embedding)
+            + self.head.times(rank.head)
         )
-        if self.expert_layer:
-            table = table + rank.expert_layers * self.expert_layer.table
-        return table
+        return held + self.expert_layer.times(rank.expert_layers) if self.expert_layer else held
 
     def total_on_rank(self, rank: Loads) -> Floats:
         """Seconds of one micro-batch in all; `rank` may hold several candidates per layout."""
@@ -105,10 +105,10 @@ def price_blocks(
 ) -> PricedBlocks:
     """Price each kind of block.
 
-    Layouts share few distinct shards (tp, cp, ep, mb, sp and the links they cross): only those are priced.
+    Layouts share few distinct shards (tp, cp, ep, mb, sp, folds and the links they cross): only those are priced.
     """
     spans = placement.spans
-    columns = (table.tp, table.cp, table.ep, table.mb, table.sp)
+    columns = (table.tp, table.cp, table.ep, table.mb, table.sp, table.expert_folds)
     first, which = distinct(*columns, spans["tp"], spans["cp"], spans["ep"])
     rows, links = table.take(first), placement.take(first)
     shard = shard_of(rows)
@@ -135,7 +135,8 @@ def model_seconds(
         recompute: positions in `RECOMPUTES`, one per layout; layers recompute, embedding and head do not.
     """
     cluster = priced.placement.cluster
-    slowest, rate = waiting(cluster.num_gpus, constants), held_rate(cluster.device, constants)
+    constants = constants.on(cluster.device)
+    slowest = waiting(cluster.num_gpus, constants)
     first, which = distinct(priced.which, recompute)
     shards, again = priced.which[first], recompute[first]
 
@@ -143,8 +144,8 @@ def model_seconds(
         forward, core = seconds.forward.take(shards), seconds.core.take(shards)
         input_grad = seconds.input_grad.take(shards) + recomputed(forward, core, again, practice)
         phases = (forward, input_grad, seconds.weight_grad.take(shards))
-        table = np.stack([exposed(phase, slowest, rate, practice, constants) for phase in phases])
-        return BlockSeconds(table[:, :, which])
+        parts = np.stack([overlapped(phase, slowest, practice, constants) for phase in phases])[:, :, which]
+        return BlockSeconds(table=parts[:, :4], hidden=parts[:, 4:])
 
     never = np.zeros_like(again)
     return ModelSeconds(
@@ -158,7 +159,7 @@ def model_seconds(
 def shard_of(table: LayoutTable) -> Shard:
     """The parts of layouts that say how an operation is cut."""
     tp, cp, ep, mb = (column.astype(float) for column in (table.tp, table.cp, table.ep, table.mb))
-    return Shard(tp=tp, cp=cp, ep=ep, mb=mb, sp=table.sp > 0)
+    return Shard(tp=tp, cp=cp, ep=ep, mb=mb, sp=table.sp > 0, folds=table.expert_folds.astype(float))
 
 
 def recomputed(forward: Seconds, core: Seconds, recompute: NDArray[np.int64], practice: Practice) -> Seconds:
@@ -169,34 +170,28 @@ def recomputed(forward: Seconds, core: Seconds, recompute: NDArray[np.int64], pr
     return forward.times(full) + chosen.times(selective)
 
 
-def exposed(phase: Seconds, slowest: float, rate: float, practice: Practice, constants: TrainingConstants) -> Floats:
-    """Seconds of a phase by part, [part, shard], after hiding what can hide.
+def overlapped(phase: Seconds, slowest: float, practice: Practice, constants: TrainingConstants) -> Floats:
+    """Seconds of a phase after hiding what can hide, [part, shard]: computation, exposed tp, cp and ep communication,
+    hidden tp and cp communication.
 
     Context parallelism's ring runs beside attention (arXiv 2310.01889); tensor-parallel collectives beside the
     matrix multiplications only where the program splits them. A host slower than the device shows as computation.
 
     Args:
         slowest: time of the slowest device over that of the average one; all others wait for it.
-        rate: share of an isolated kernel's arithmetic rate that devices hold.
     """
-    arithmetic = slowest / rate
+    arithmetic = slowest / constants.held_rate
     matmul, attention = phase.matmul * arithmetic, phase.attention * arithmetic
     compute, tp = matmul + attention + phase.passes * slowest, phase.tp
     hidden_cp = np.minimum(phase.cp, constants.overlap_share * attention)
-    if practice.overlap_tensor:
-        hidden_tp = np.minimum(tp, constants.overlap_share * matmul)
-        compute, tp = compute + constants.interference * hidden_tp, tp - hidden_tp
+    hidden_tp = np.minimum(tp, constants.overlap_share * matmul) if practice.overlap_tensor else np.zeros_like(tp)
+    compute, tp = compute + constants.interference * (hidden_tp + hidden_cp), tp - hidden_tp
     communication = tp + (phase.cp - hidden_cp) + phase.ep
-    host = phase.kernels * constants.host_s_per_kernel + phase.collectives * constants.host_s_per_collective
-    compute = np.maximum(compute + constants.interference * hidden_cp, host - communication)
-    return np.stack([compute, tp, phase.cp - hidden_cp, phase.ep])
-
-
-def held_rate(device: Device, constants: TrainingConstants) -> float:
-    """Share of an isolated kernel's arithmetic rate that a device holds in training. One with little power for its
-    peak lowers its clock when every multiprocessor is busy for long."""
-    power = device.power_w / (device.peak("fp16") / 1e12)
-    return constants.held_rate * (constants.throttled_rate if power < POWER_LIMITED_W_PER_TFLOP else 1.0)
+    host_per_kernel = practice.operations_per_kernel * constants.host_s_per_operation
+    host = phase.kernels * host_per_kernel
+    if practice.host_runs_ahead:
+        host = host + phase.collectives * host_per_kernel - communication
+    return np.stack([np.maximum(compute, host), tp, phase.cp - hidden_cp, phase.ep, hidden_tp, hidden_cp])
 
 
 def waiting(num_gpus: int, constants: TrainingConstants) -> float:

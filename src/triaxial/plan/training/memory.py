@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triaxial.cluster.hardware import Device
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.blocks import kv_heads_per_rank
 from triaxial.plan.cost.operators import Shard, Size
@@ -43,6 +44,12 @@ class Memory:
 
     def parts(self) -> dict[str, Floats]:
         return dict(vars(self))
+
+    def on(self, device: Device) -> Memory:
+        """The same on a device: a probed one has shown what a process holds before its first tensor."""
+        if device.timings is None:
+            return self
+        return replace(self, reserve=np.full_like(self.reserve, device.timings.reserve_bytes))
 
 
 def layer_weights(model: ModelSpec, tp: Size) -> Size:
@@ -83,7 +90,12 @@ def rank_weights(model: ModelSpec, tp: Size, ep: Size, loads: Loads) -> tuple[Fl
 
 def expert_shards(table: LayoutTable) -> Floats:
     """Ranks over which ZeRO cuts one copy of an expert's state: ep of the data-parallel ranks hold other experts."""
-    return np.maximum(table.state_shards / table.ep, 1)
+    return np.maximum(table.state_shards / data_ep(table), 1)
+
+
+def data_ep(table: LayoutTable) -> Floats:
+    """Data-parallel ranks that hold different experts: ep without those of its ranks that tp has."""
+    return table.ep / table.expert_folds
 
 
 def embedding_weights(model: ModelSpec, tp: Size) -> Size:
@@ -184,7 +196,7 @@ def communication_bytes(
     use, ZeRO-2 one unreduced gradient; a pipeline one message each way."""
     layer = layer_weights(model, table.tp)
     if model.experts:
-        layer = outside_mlp_weights(model, table.tp) + routed_weights(model, table.tp, table.ep)
+        layer = outside_mlp_weights(model, table.tp) + routed_weights(model, table.tp, data_ep(table))
     has_layers = loads.dense_layers + loads.expert_layers > 0
     ends = (loads.embedding + loads.head > 0) * embedding_weights(model, table.tp)
     largest = np.maximum(np.where(has_layers, layer, 0), ends)
@@ -205,7 +217,7 @@ def memory(
         loads: candidates for the fullest rank, [candidates, layouts].
         shard: the same layouts' shards.
     """
-    replicated, routed = rank_weights(model, table.tp, table.ep, loads)
+    replicated, routed = rank_weights(model, table.tp, data_ep(table), loads)
     whole = replicated + routed
     sharded = replicated / table.state_shards + routed / expert_shards(table)
 

@@ -10,6 +10,7 @@ from triaxial.plan.cost.placement import place
 from triaxial.plan.cost.practice import OURS
 from triaxial.plan.layout import Layout, micro_batches
 from triaxial.plan.layout_table import layout_table
+from triaxial.plan.pipeline.generators import stage_placement
 from triaxial.plan.pipeline.schedule import build_schedule
 from triaxial.plan.pipeline.simulate import Durations, Simulation, StageCosts, Transfer, simulate
 from triaxial.plan.pipeline.stages import rank_loads, stage_cut
@@ -24,10 +25,10 @@ def play(model: ModelSpec, cluster: Cluster, training: Training, layout: Layout)
     table = layout_table([layout])
     placement = place(cluster, table)
     seconds = model_seconds(price_blocks(model, training, OURS, table, placement), table.recompute, OURS, TRAINING)
-    cut = layout.cut or stage_cut(model, training.seq_len, layout.num_stages)
+    cut = layout.cut or stage_cut(model, training.seq_len, stage_placement(layout.schedule, layout.pp, layout.vpp))
     # every virtual stage as if it were a rank of its own
     held = rank_loads(cut, layout.num_stages, "1f1b", model.num_dense_layers)
-    phases = seconds.on_rank(held).sum(axis=1)  # [phase, stage]
+    phases = seconds.on_rank(held).phases  # [phase, stage]
     hop = float(hop_seconds(model, training, table, placement)[0])
     costs = StageCosts(
         forward_s=tuple(phases[0].tolist()),

@@ -19,9 +19,10 @@ from triaxial.plan.legal import check_training_layout
 from triaxial.plan.pipeline.stages import Loads, heaviest_ranks
 from triaxial.plan.training.block_seconds import ModelSeconds, PricedBlocks, model_seconds, price_blocks, shard_of
 from triaxial.plan.training.constants import TRAINING, TrainingConstants
-from triaxial.plan.training.memory import USABLE_MEMORY, Memory, expert_shards, memory, rank_weights
+from triaxial.plan.training.memory import USABLE_MEMORY, Memory, data_ep, expert_shards, memory, rank_weights
 from triaxial.plan.training.pipeline_seconds import StageSeconds, bubble_seconds, transfer_seconds
-from triaxial.plan.training.reduction import exposed_dp_seconds
+from triaxial.plan.training.reduction import data_parallel_seconds
+from triaxial.plan.training.zero_bubble_v import excess_seconds
 from triaxial.plan.workload import Training
 
 Floats = NDArray[np.float64]
@@ -42,6 +43,8 @@ class StepSeconds:
     bubble: Floats
     optimizer: Floats
     """The parameter update and what a program does once a step."""
+    hidden: dict[str, Floats]
+    """Communication by axis that runs beside computation, and so adds nothing to the step but `interference`."""
 
     @property
     def step(self) -> Floats:
@@ -49,7 +52,7 @@ class StepSeconds:
         return total
 
     def parts(self) -> dict[str, Floats]:
-        return dict(vars(self))
+        return {name: seconds for name, seconds in vars(self).items() if name != "hidden"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Estimate:
     """GiB on the fullest rank: `peak`, and its parts."""
     time_s: dict[str, float]
     """Seconds of the step by part; they add up to `step_time_s`."""
+    hidden_s: dict[str, float]
+    """Seconds of communication by axis (tp, cp, pp, dp) that hide behind computation."""
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as JSON values."""
@@ -96,48 +101,60 @@ def step_seconds(
     constants: TrainingConstants = TRAINING,
     priced: PricedBlocks | None = None,
     loads: Loads | None = None,
+    play_zb_v: bool = False,
 ) -> StepSeconds:
     """Seconds of one optimizer step in every layout.
 
     Args:
         priced: the same layouts' blocks, if they are priced already (by a search, or a fit of the constants).
         loads: what the layouts' heaviest ranks hold, if that is known already.
+        play_zb_v: play ZB-V where its closed form is inexact; for few layouts.
     """
     priced = priced or price_blocks(model, training, practice, table, place(cluster, table))
-    placement = priced.placement
+    placement, constants = priced.placement, constants.on(cluster.device)
     seconds = model_seconds(priced, table.recompute, practice, constants)
     count = table.micro_batches(training.global_batch)
     loads = loads or heaviest_ranks(model, training.seq_len, table, count)
     slowest = _slowest_rank(seconds, loads)
-    # [phase, part, layout]: one micro-batch on the slowest rank, and on all others together
+    # one micro-batch on the slowest rank, and on all others together
     own = seconds.on_rank(slowest)
     whole = seconds.on_rank(all_ranks(model, len(table)))
-    stage = StageSeconds(*own.sum(axis=1))
-    others = StageSeconds(*whole.sum(axis=1)) - stage
+    stage = StageSeconds(*own.phases)
+    others = StageSeconds(*whole.phases) - stage
     bubble = bubble_seconds(table.schedule, table.pp, table.vpp, count, stage, others, practice.staggered_steps)
-    compute, tp, cp, ep = own.sum(axis=0) * count
+    if play_zb_v:
+        average = StageSeconds(*whole.phases / table.pp)
+        bubble = bubble + excess_seconds(table.schedule, table.pp, count, average)
+    if cluster.device.timings is not None:  # what a rank leaves idle, those on the same processor use
+        busy = stage.total * count
+        bubble = np.maximum(0.0, (busy + bubble) / cluster.device.timings.ranks_per_processor - busy)
+    compute, tp, cp, ep = own.table.sum(axis=0) * count
+    hidden_tp, hidden_cp = own.hidden.sum(axis=0) * count
+    exposed_pp, hidden_pp = _transfers(model, training, practice, table, placement, count)
 
     # all stages reduce and update at once at the end: the one with the most parameters is waited for
-    replicated, routed = (held.max(axis=0) for held in rank_weights(model, table.tp, table.ep, loads))
+    replicated, routed = (held.max(axis=0) for held in rank_weights(model, table.tp, data_ep(table), loads))
+    exposed_dp, hidden_dp = data_parallel_seconds(
+        training,
+        practice,
+        constants,
+        table,
+        placement,
+        weights=replicated + routed,
+        layers=(loads.dense_layers + loads.expert_layers).max(axis=0),
+        forward=stage.forward,
+        backward=stage.input_grad + stage.weight_grad,
+    )
     return StepSeconds(
         compute=compute,
         exposed_tp=tp,
         exposed_cp=cp,
         exposed_ep=ep,
-        exposed_pp=_transfers(model, training, practice, table, placement, count),
-        exposed_dp=exposed_dp_seconds(
-            training,
-            practice,
-            constants,
-            table,
-            placement,
-            weights=replicated + routed,
-            layers=(loads.dense_layers + loads.expert_layers).max(axis=0),
-            forward=stage.forward,
-            backward=stage.input_grad + stage.weight_grad,
-        ),
+        exposed_pp=exposed_pp,
+        exposed_dp=exposed_dp,
         bubble=bubble,
         optimizer=_optimizer_seconds(cluster, training, practice, table, replicated, routed) + constants.step_s,
+        hidden={"tp": hidden_tp, "cp": hidden_cp, "pp": hidden_pp, "dp": hidden_dp},
     )
 
 
@@ -168,15 +185,18 @@ def _transfers(
     table: LayoutTable,
     placement: Placement,
     count: NDArray[np.int64],
-) -> Floats:
+) -> tuple[Floats, Floats]:
+    """Seconds of a step's stage-to-stage transfers, exposed and hidden: each stage sends one way forward, and the
+    other way backward."""
     hop = hop_seconds(model, training, table, placement)
     seconds = transfer_seconds(
         table.schedule, table.pp, table.vpp, count, hop, practice.overlap_pipeline, practice.staggered_steps
     )
+    hidden = np.maximum(0.0, np.where(table.pp > 1, 2 * table.vpp * count * hop, 0.0) - seconds)
     if model.tied_embeddings:  # the first and the last stage exchange the gradient of the shared table
         shared = model.vocab * model.hidden / table.tp * practice.reduce_bytes
         seconds = seconds + 2 * placement.seconds("pp", "send_recv", shared)
-    return seconds
+    return seconds, hidden
 
 
 def _optimizer_seconds(
@@ -203,8 +223,8 @@ def estimates(
     constants: TrainingConstants = TRAINING,
 ) -> list[Estimate]:
     """Price layouts that are known to be legal."""
-    seconds = step_seconds(model, cluster, training, table, practice, constants)
-    held = memory_of(model, training, practice, table)
+    seconds = step_seconds(model, cluster, training, table, practice, constants, play_zb_v=True)
+    held = memory_of(model, training, practice, table).on(cluster.device)
     step, fit = seconds.step, fits(cluster, held.peak)
     flop = model.train_flop_per_token(training.seq_len) * training.tokens
     result = []
@@ -226,6 +246,7 @@ def estimates(
                 fits=bool(fit[row]),
                 memory_gib={"peak": float(held.peak[row]) / GIB, **parts},
                 time_s=time_s,
+                hidden_s={axis: float(values[row]) for axis, values in seconds.hidden.items()},
             )
         )
     return result

@@ -15,7 +15,7 @@ from triaxial.plan.workload import Training
 Floats = NDArray[np.float64]
 
 
-def exposed_dp_seconds(
+def data_parallel_seconds(
     training: Training,
     practice: Practice,
     constants: TrainingConstants,
@@ -26,8 +26,8 @@ def exposed_dp_seconds(
     layers: Floats,
     forward: Floats,
     backward: Floats,
-) -> Floats:
-    """Seconds per step that data-parallel communication adds on one rank.
+) -> tuple[Floats, Floats]:
+    """Seconds per step that data-parallel communication adds on one rank, and those that hide behind computation.
 
     Without ZeRO one all-reduce a step; ZeRO-1 a reduce-scatter and an all-gather a step; ZeRO-2 a reduce-scatter a
     micro-batch; ZeRO-3 also gathers each layer before its forward and its backward pass, every micro-batch
@@ -55,12 +55,14 @@ def exposed_dp_seconds(
     reduce = np.where(zero == 0, all_reduce, scatter + replicas)
     once_or_each = np.where(zero >= 2, table.micro_batches(training.global_batch), 1)
 
-    def cost(seconds: Floats, window: Floats, overlapped: bool) -> Floats:
+    def hidden(seconds: Floats, window: Floats, overlapped: bool) -> Floats:
         if not overlapped:
-            return seconds
-        hidden = np.minimum(seconds * (1 - 1 / np.maximum(layers, 1)), constants.overlap_share * window)
-        return seconds - hidden + constants.interference * hidden
+            return np.zeros_like(seconds)
+        return np.minimum(seconds * (1 - 1 / np.maximum(layers, 1)), constants.overlap_share * window)
 
-    reduced = once_or_each * cost(reduce + np.where(zero >= 3, gather, 0), backward, practice.overlap_gradients)
     gathers = np.where(zero >= 3, once_or_each, np.where(zero >= 1, 1, 0))
-    return reduced + gathers * cost(gather, forward, practice.overlap_parameters)
+    reduced = reduce + np.where(zero >= 3, gather, 0)
+    total = once_or_each * reduced + gathers * gather
+    hides = once_or_each * hidden(reduced, backward, practice.overlap_gradients)
+    hides = hides + gathers * hidden(gather, forward, practice.overlap_parameters)
+    return total - (1 - constants.interference) * hides, hides

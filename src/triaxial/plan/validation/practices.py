@@ -23,12 +23,25 @@ ZERO_BUBBLE = replace(MEGATRON_2021, overlap_pipeline=True, staggered_steps=True
 MEGATRON_DEEPSPEED = replace(MEGATRON_2021, fused_accumulation=False, gradient_bytes=2, reduce_bytes=2)
 """Megatron's layers under DeepSpeed's pipeline engine: fp16 gradients (arXiv 2201.11990, section 2)."""
 
+VTRAIN_PROFILE = replace(
+    MEGATRON_2021,
+    fused_passes=False,
+    fused_accumulation=True,
+    gradient_bytes=2,
+    reduce_bytes=2,
+    pads_vocabulary=False,
+    host_runs_ahead=False,
+)
+"""The one-layer model of vTrain's profiler (its src/model, commit f8dda84): eager fp16 PyTorch with fresh 16-bit
+gradients, a vocabulary of 50,257 cut by tp without padding, one all-reduce at the end. Its single-node rows are sums
+of such profiles (docs/measured/planner.md)."""
+
 DEEPSPEED_ZERO_3 = replace(MEGATRON_DEEPSPEED, messages_per_layer=4)
 """DeepSpeed's ZeRO-3 of 2021 gathers parameter by parameter (four matrices a layer; smaller ones stay), in the way of
 computation (arXiv 1910.02054; the baseline of arXiv 2104.04473, section 5.2)."""
 
-MEGATRON_CORE = Practice(reduce_bytes=2, fused_accumulation=True, overlap_tensor=True)
-"""NeMo and Megatron-Bridge recipes: FlashAttention, fused kernels, distributed optimizer with overlapped
+MEGATRON_CORE = Practice(attention="flash-3", reduce_bytes=2, fused_accumulation=True, overlap_tensor=True)
+"""NeMo and Megatron-Bridge recipes: cuDNN's fused attention, fused kernels, distributed optimizer with overlapped
 reduce-scatter and all-gather, user-buffer overlap of tensor-parallel collectives, asynchronous transfers."""
 
 LLM_FOUNDRY = Practice(attention="flash-1", fused_passes=False, gradient_bytes=2, reduce_bytes=2)
@@ -37,7 +50,8 @@ LLM_FOUNDRY = Practice(attention="flash-1", fused_passes=False, gradient_bytes=2
 TORCHTITAN_EAGER = Practice(fused_passes=False, selective="half")
 """torchtitan: FSDP2 with fp32 reduction; selective recomputation of every second layer or product."""
 
-TORCHTITAN_COMPILED = replace(TORCHTITAN_EAGER, fused_passes=True)
+TORCHTITAN_COMPILED = replace(TORCHTITAN_EAGER, fused_passes=True, operations_per_kernel=1.0)
+"""Compiled layer by layer: the host calls kernels and little else."""
 
 PADDLE = Practice(reduce_bytes=2, fused_passes=False, overlap_gradients=False, overlap_parameters=False)
 """PaddleNLP: sharding stage 2, FlashAttention."""
@@ -52,7 +66,7 @@ PRACTICES: dict[str, Practice] = {
     "mtnlg": MEGATRON_DEEPSPEED,
     "neox": MEGATRON_DEEPSPEED,
     "vtm": MEGATRON_DEEPSPEED,
-    "vts": MEGATRON_DEEPSPEED,
+    "vts": VTRAIN_PROFILE,
     "llmf-a100": LLM_FOUNDRY,
     "titan": TORCHTITAN_EAGER,
     "nemo2407": MEGATRON_CORE,

@@ -35,6 +35,11 @@ _SCHEDULES: dict[str, ScheduleKind] = {
 }
 
 
+COMPOSED = ("vts",)
+"""Sources whose rows are sums of one profiled layer, each forward and backward pass once, whatever their
+configuration says of recomputation (docs/measured/planner.md)."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One measured training step and all the layouts that its source may have meant."""
@@ -135,6 +140,9 @@ def _model(row: dict[str, str]) -> ModelSpec:
         gated_mlp=gated,
         learned_positions=not gated,
         layer_norm=not gated,
+        qkv_bias=not gated,
+        out_bias=not gated,
+        mlp_bias=not gated,
         tied_embeddings=row.get("tied_embeddings") == "1",
         experts=_experts(row) if row.get("experts") else None,
         latent=DEEPSEEK_ATTENTION if "MLA" in row.get("notes", "") else None,
@@ -190,7 +198,7 @@ def _layouts(row: dict[str, str], source: str) -> Iterator[Layout]:
     per_rank = int(row["global_batch"]) // dp
     micro = [int(row["micro_batch"])] if row.get("micro_batch") else [n for n in (1, 2, 4, 8) if per_rank % n == 0]
     # tables that do not speak of recomputation are of recipes tuned to do without
-    recompute: Recompute = row.get("recompute") or "none"  # type: ignore[assignment]
+    recompute: Recompute = "none" if source in COMPOSED else row.get("recompute") or "none"  # type: ignore[assignment]
     for vpp in _virtual_stages(row.get("vpp", ""), layers, pp, schedule):
         kind = "interleaved" if vpp > 1 and schedule == "1f1b" else schedule
         for mb in micro:
