@@ -42,6 +42,7 @@ def test_estimate_prints_the_documented_keys() -> None:
         "fits",
         "memory_gib",
         "time_s",
+        "hidden_s",
         "layout",
     } == set(priced)
     assert {"compute", "exposed_tp", "exposed_pp", "exposed_dp", "bubble", "optimizer"} <= set(priced["time_s"])

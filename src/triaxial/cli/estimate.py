@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -10,8 +11,12 @@ from triaxial.cli.options import WorkloadGroup, as_json, console, model_and_clus
 from triaxial.cluster.spec import Cluster, load_cluster
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.layout import Layout, parse_layout
+from triaxial.plan.serving.engine import SERVERS
+from triaxial.plan.serving.estimate import estimate_serving
+from triaxial.plan.serving.workload import Serving
 from triaxial.plan.training.price import estimate
 from triaxial.plan.workload import Training
+from triaxial.report.serving_table import serving_estimate_table
 from triaxial.report.tables import estimate_table
 
 
@@ -57,3 +62,24 @@ def train(question: Question, global_batch: int, seq_len: int, precision: str, o
         print_json(priced.to_dict())
     else:
         console().print(estimate_table(priced))
+
+
+@command.command()
+@click.option("--input", "input_len", type=int, required=True, help="Tokens of a prompt.")
+@click.option("--output", "output_len", type=int, required=True, help="Tokens of an answer.")
+@click.option("--rate", type=float, help="Requests per second over all replicas.")
+@click.option("--concurrency", type=int, default=1, show_default=True, help="Clients that ask again, without --rate.")
+@click.option("--precision", default="bf16", show_default=True, help="Weights: bf16, fp16, fp8, int8, int4 or fp4.")
+@click.option("--kv-precision", default="bf16", show_default=True, help="Keys and values: bf16, fp16, fp8, int8, int4.")
+@click.option("--max-batch", type=int, default=256, show_default=True, help="Sequences that a replica runs at a time.")
+@click.option("--chunk-tokens", type=int, default=8192, show_default=True, help="Tokens of one step.")
+@click.option("--engine", type=click.Choice(list(SERVERS)), default="vllm", show_default=True)
+@as_json
+@click.pass_obj
+def serve(question: Question, /, engine: str, json_out: bool, **work: Any) -> None:
+    """Price serving requests."""
+    priced = estimate_serving(question.model, question.cluster, Serving(**work), question.layout, SERVERS[engine])
+    if json_out:
+        print_json(priced.to_dict())
+    else:
+        console().print(serving_estimate_table(priced))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import click
+from rich.console import Console
+from rich.progress import Progress
 
 from triaxial.cli.options import (
     WorkloadGroup,
@@ -18,11 +22,21 @@ from triaxial.cli.options import (
     training_work,
 )
 from triaxial.cluster.spec import Cluster, load_cluster
+from triaxial.files import write_atomically
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.search.explain import why_not
 from triaxial.plan.search.plan import OBJECTIVES, TrainingPlan, plan_training
+from triaxial.plan.serving.asked import demand_for, serving_work, with_price
+from triaxial.plan.serving.engine import SERVERS
+from triaxial.plan.serving.option import Objective
+from triaxial.plan.serving.plan import plan_serving
 from triaxial.plan.workload import Training
+from triaxial.report.frontier import frontier_table
+from triaxial.report.serving_page import serving_page, serving_plans_table
 from triaxial.report.tables import plans_table
+
+PLANNED = [name for name, engine in SERVERS.items() if engine.chunked_prefill and not engine.reserves_outputs]
+"""Engines that work as the simulation does."""
 
 
 @dataclass(frozen=True)
@@ -110,3 +124,73 @@ def _print(made: TrainingPlan, answer: str | None) -> None:
         click.echo(f"- {sentence}")
     if answer:
         click.echo(f"- {answer}")
+
+
+@command.command()
+@click.option("--input", "input_len", help="Tokens of a prompt: 1024, or lognormal:MEAN:SIGMA.")
+@click.option("--output", "output_len", help="Tokens of an answer, likewise.")
+@click.option(
+    "--lengths", type=click.Path(path_type=Path), help="Lengths from a JSONL file: input_tokens, output_tokens."
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="Arrivals and lengths from a CSV file.")
+@click.option("--rate", type=float, help="Requests per second, by chance (a trace is played faster or slower).")
+@click.option(
+    "--requests", default=1000, show_default=True, type=click.IntRange(20, 100_000), help="How many to simulate."
+)
+@click.option("--ttft", "ttft_s", type=float, help="Target: seconds to the first token for nine requests in ten.")
+@click.option("--tpot", "tpot_s", type=float, help="Target: seconds per further token, likewise.")
+@click.option(
+    "--objective", default="throughput", show_default=True, type=click.Choice(get_args(Objective)), help="What is best."
+)
+@click.option("--precision", default="bf16", show_default=True, help="Weights: bf16, fp16, fp8, int8, int4 or fp4.")
+@click.option("--kv-precision", default="bf16", show_default=True, help="Keys and values: bf16, fp16, fp8, int8, int4.")
+@click.option("--engine", type=click.Choice(PLANNED), default="vllm", show_default=True, help="Whose host times.")
+@click.option("--price", type=float, help="Price of one GPU for an hour: says the cost of a million tokens.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 100), help="How many layouts to show.")
+@click.option("--flips/--no-flips", default=True, show_default=True, help="Find what would change the winner.")
+@as_json
+@click.option("--out", type=click.Path(path_type=Path), help="Write the plan as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures.")
+@click.pass_obj
+def serve(
+    question: Question,
+    /,
+    objective: Objective,
+    precision: str,
+    kv_precision: str,
+    engine: str,
+    price: float | None,
+    top: int,
+    flips: bool,
+    json_out: bool,
+    out: Path | None,
+    html: Path | None,
+    **asked: Any,
+) -> None:
+    """Find how many GPUs, split how, serve some traffic within its targets."""
+    demand = demand_for(**asked)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("simulating", total=None)
+        made = plan_serving(
+            question.model,
+            with_price(question.cluster, price),
+            serving_work(demand, precision, kv_precision),
+            demand,
+            objective,
+            engine=SERVERS[engine],
+            top=top,
+            flips=flips,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    document = made.to_dict()
+    if out:
+        write_atomically(out, json.dumps(document, indent=2) + "\n")
+    if html:
+        write_atomically(html, serving_page(made))
+    if json_out:
+        print_json(document)
+        return
+    console().print(serving_plans_table(made.plans))
+    for sentence in made.why.sentences:
+        click.echo(f"- {sentence}")
+    console().print(frontier_table(made.frontier))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from triaxial import BadInput
 from triaxial.cli.options import as_json, console, print_json
+from triaxial.cli.validate_serving import report_logs, report_points
 from triaxial.plan.validation.accuracy import (
     Errors,
     Prediction,
@@ -22,14 +23,21 @@ from triaxial.plan.validation.accuracy import (
     predict_left_out,
     ranking,
 )
+from triaxial.plan.validation.kinds import kind_of
 from triaxial.plan.validation.published import Point, Skipped, read_points
 
 
 @click.command(name="validate")
-@click.option("--csv", "files", multiple=True, type=click.Path(path_type=Path), help="Measured training points.")
+@click.option(
+    "--csv", "files", multiple=True, type=click.Path(path_type=Path), help="Measured points, or a server log."
+)
 @as_json
 def command(files: tuple[Path, ...], json_out: bool) -> None:
-    """Hold predictions against every row of the CSV files; without --csv, against the set that ships."""
+    """Hold predictions against every row of the CSV files; without --csv, against the training steps that ship."""
+    kind = kind_of(files)
+    if kind != "training steps":
+        (report_points if kind == "serving points" else report_logs)(files, json_out)
+        return
     points: list[Point] = []
     skipped: list[Skipped] = []
     for file in files or (_shipped(),):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from triaxial.report.si import tick_step
+from triaxial.report.svg import FAINT, PALETTE, WIDTH, picture, write
 
-PALETTE = ("#3b6ea5", "#d98032", "#7a5aa6", "#3f9b5f", "#c4525c", "#8a8f98", "#b59a2d", "#4aa3b5")
-_WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 960, 24, 24, 46, 64
+_LEFT, _RIGHT, _ROW, _TOP = 24, 24, 46, 64
 
 
 def stacked_bars(title: str, unit: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
@@ -20,25 +20,14 @@ def stacked_bars(title: str, unit: str, rows: Sequence[tuple[str, Mapping[str, f
     """
     parts = [part for part in rows[0][1] if any(values[part] > 0 for _, values in rows)]
     longest = max(sum(values[part] for part in parts) for _, values in rows) or 1.0
-    scale = (_WIDTH - _LEFT - _RIGHT) / longest
+    scale = (WIDTH - _LEFT - _RIGHT) / longest
     height = _TOP + _ROW * len(rows) + 30
-    svg = Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {_WIDTH} {height}",
-            "font-family": "system-ui, sans-serif",
-            "font-size": "12",
-            "role": "img",
-            "aria-label": title,
-        },
-    )
-    _text(svg, title, _LEFT, 20, size="15", weight="600")
+    svg = picture(title, height)
     _legend(svg, parts)
     for index, (label, values) in enumerate(rows):
         top = _TOP + index * _ROW
         total = sum(values[part] for part in parts)
-        _text(svg, f"{label}: {total:.4g} {unit}", _LEFT, top + 12)
+        write(svg, f"{label}: {total:.4g} {unit}", _LEFT, top + 12)
         left = float(_LEFT)
         for part, colour in zip(parts, PALETTE):
             width = values[part] * scale
@@ -54,18 +43,11 @@ def _legend(svg: Element, parts: Sequence[str]) -> None:
     left = _LEFT
     for part, colour in zip(parts, PALETTE):
         SubElement(svg, "rect", {"x": str(left), "y": "34", "width": "12", "height": "12", "fill": colour})
-        _text(svg, part, left + 17, 44)
+        write(svg, part, left + 17, 44)
         left += 34 + 7 * len(part)
 
 
 def _axis(svg: Element, longest: float, scale: float, y: int, unit: str) -> None:
     step = tick_step(longest, 8)
     for tick in range(int(longest / step) + 1):
-        _text(svg, f"{tick * step:g} {unit}", round(_LEFT + tick * step * scale), y, fill="#6b7280")
-
-
-def _text(
-    svg: Element, text: str, x: int, y: int, size: str = "12", weight: str = "400", fill: str = "#1f2937"
-) -> None:
-    attributes = {"x": str(x), "y": str(y), "font-size": size, "font-weight": weight, "fill": fill}
-    SubElement(svg, "text", attributes).text = text
+        write(svg, f"{tick * step:g} {unit}", round(_LEFT + tick * step * scale), y, fill=FAINT)

@@ -32,13 +32,19 @@ def plan_page(plan: TrainingPlan) -> str:
         timeline = play(plan.model, plan.cluster, work, winner).timeline
         pictures.append(timeline_svg([(f"Pipeline of {winner}", timeline)]))
     reasons = "".join(f"<li>{escape(sentence)}</li>" for sentence in plan.why.sentences)
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>{escape(title)}</h1>\n"
+    return html_page(
+        title,
         f"<p>Training with {work.global_batch} sequences of {work.seq_len} tokens a step in {work.precision}: "
         f"the best of {plan.considered:,} layouts.</p>\n{_table(plan)}\n<h2>Why</h2>\n<ul>{reasons}</ul>\n"
-        + "\n".join(pictures)
-        + "\n</html>\n"
+        + "\n".join(pictures),
+    )
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page: its head with the style, its title, and `body`, which is HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
     )
 
 

@@ -1,0 +1,112 @@
+"""`StepCost`: seconds of one step of an engine, for any mix of prompts and decoding sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triaxial.cluster.spec import Cluster
+from triaxial.model.spec import ModelSpec
+from triaxial.plan.layout import Layout, check_layout
+from triaxial.plan.serving.constants import SERVING, HostTimes, ServingConstants
+from triaxial.plan.serving.engine import VLLM, Engine
+from triaxial.plan.serving.memory import ServingMemory, serving_memory
+from triaxial.plan.serving.stage import Stage, build_stages
+from triaxial.plan.serving.workload import Serving
+
+Number = float | NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one step of one replica (tp x pp ranks; data-parallel replicas are independent).
+
+    A step processes `prefill_tokens` new prompt tokens and one token of each of `decode_sequences`:
+        prefill_context_pairs: over all prompt tokens of the step, the keys they see (a prompt of n tokens taken whole:
+            n (n + 1) / 2; a piece of c tokens after s earlier ones: c s + c (c + 1) / 2).
+        decode_context: tokens that the decoding sequences hold, in all.
+        prefill_sequences: prompts that end in this step and so need logits.
+    Arguments may be numbers or arrays.
+    """
+
+    memory: ServingMemory
+    stages: tuple[Stage, ...]
+    engine: Engine
+    host: HostTimes
+
+    @property
+    def pipeline_ranks(self) -> int:
+        """Batches that can be in flight: one for each stage."""
+        return len(self.stages)
+
+    def seconds(
+        self,
+        prefill_tokens: Number,
+        prefill_context_pairs: Number,
+        decode_sequences: Number,
+        decode_context: Number,
+        prefill_sequences: Number = 0.0,
+    ) -> Number:
+        """From the start of a step to its tokens: through all stages of the pipeline."""
+        args = (prefill_tokens, prefill_context_pairs, decode_sequences, decode_context, prefill_sequences)
+        device: Number = sum(stage.seconds(*args) for stage in self.stages)
+        return device + self._host_seconds(decode_sequences + prefill_sequences)
+
+    def interval_seconds(
+        self,
+        prefill_tokens: Number,
+        prefill_context_pairs: Number,
+        decode_sequences: Number,
+        decode_context: Number,
+        prefill_sequences: Number = 0.0,
+    ) -> Number:
+        """What the slowest stage takes: with a pipeline, the time until the next batch can follow."""
+        args = (prefill_tokens, prefill_context_pairs, decode_sequences, decode_context, prefill_sequences)
+        if len(self.stages) == 1:
+            return self.seconds(*args)
+        slowest: Number = self.stages[0].seconds(*args)
+        for stage in self.stages[1:]:
+            slowest = np.maximum(slowest, stage.seconds(*args))
+        return slowest + self._host_seconds(decode_sequences + prefill_sequences)
+
+    def parts(
+        self,
+        prefill_tokens: Number,
+        prefill_context_pairs: Number,
+        decode_sequences: Number,
+        decode_context: Number,
+        prefill_sequences: Number = 0.0,
+    ) -> dict[str, Number]:
+        """`seconds` by term, adding up to it: weights, compute, kv, passes, launches, all_reduce, hops, sampling,
+        host."""
+        args = (prefill_tokens, prefill_context_pairs, decode_sequences, decode_context, prefill_sequences)
+        found = [stage.parts(*args) for stage in self.stages]
+        total: dict[str, Number] = {name: sum(parts[name] for parts in found) for name in found[0]}
+        return {**total, "host": self._host_seconds(decode_sequences + prefill_sequences)}
+
+    def _host_seconds(self, sequences: Number) -> Number:
+        return self.host.step_s + self.host.sequence_s * sequences
+
+
+def step_cost(
+    model: ModelSpec,
+    cluster: Cluster,
+    layout: Layout,
+    work: Serving,
+    engine: Engine = VLLM,
+    constants: ServingConstants = SERVING,
+) -> StepCost:
+    """Build the cost of a step once; evaluating it is then cheap.
+
+    Raises:
+        BadInput: a layout that the model cannot be cut into, or more ranks than the cluster has.
+    """
+    check_layout(layout, model, work.input_len)
+    return StepCost(
+        serving_memory(model, cluster, layout, work, engine),
+        build_stages(model, cluster, layout, work, engine, constants),
+        engine,
+        constants.hosts[engine.host],
+    )
