@@ -8,6 +8,19 @@ from pathlib import Path
 from triaxial import BadInput
 
 
+def require_free(folder: Path, instead: str) -> None:
+    """Refuse a folder that holds something or cannot be made.
+
+    Raises:
+        BadInput: asks to choose `instead`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} exists and is not empty: choose {instead}")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BadInput(f"cannot write to {existing}: choose {instead}")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` beside `path` and rename it into place.
 

@@ -21,6 +21,10 @@ from triaxial.train.optimizer import Hyperparameters, learning_rate
 STEPS = 6
 JOB = ("--layout", "tp=2", "--steps", str(STEPS), "--global-batch", "4", "--lr", "1e-2", "--warmup-steps", "2",
        "--eval-every", "3", "--seed", "5")  # fmt: skip
+OWN_TABLE = """{"num_micro_batches": 4, "placement": [0, 1], "ranks": [
+    {"actions": ["0F3", "0F1", "0F0", "0I3", "0F2", "0B1", "0B0", "0W3", "0B2"]},
+    {"actions": ["1F3", "1B3", "1F1", "1B1", "1F0", "1B0", "1F2", "1B2"]}]}"""
+"""An order that no generator writes."""
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 KEYS = {
     "step", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "peak_memory_bytes", "bubble_fraction",
@@ -52,6 +56,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     (place.folder / "taken" / "notes.txt").write_text("mine")
     (place.folder / "typo.toml").write_text('model = "config.json"\ndata = "data"\nglobal_bacth = 8\n')
     (place.folder / "broken.toml").write_text("steps = = 3\n")
+    (place.folder / "deadlock.json").write_text(OWN_TABLE.replace('"1F3", "1B3"', '"1B3", "1F3"'))
+    (place.folder / "half.json").write_text(OWN_TABLE.replace(', "1B2"', ""))
+    (place.folder / "own.json").write_text(OWN_TABLE)
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))
         occupied.listen()
@@ -80,7 +87,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "data that is not there": ((*USUAL, "--data", "nowhere"), "no data at nowhere: give a .txt"),
     "missing --data": (("config.json", "--out", "run"), "data is missing: give --data, or name it in --config"),
-    "missing model": (("--data", "data", "--out", "run"), "model is missing: give MODEL, or name it in --config"),
+    "missing model": (
+        ("--data", "data", "--out", "run"),
+        "model is missing: give MODEL or --init, or name it in --config",
+    ),
     "sequence longer than the model's": (
         (*USUAL, "--seq-len", "65"),
         "sequence length 65 is more than the 64 positions of bad0",
@@ -95,7 +105,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "unknown TOML setting": (
         ("--config", "typo.toml", "--out", "run"),
-        "training settings: global_bacth is not one of model, data, out, layout,",
+        "training settings: global_bacth is not one of model, data, out,",
     ),
     "broken TOML": (("--config", "broken.toml"), "broken.toml: Invalid value (at line 1, column 9)"),
     "missing config.json field": (
@@ -105,6 +115,31 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown architecture": (
         ("strange", *USUAL[1:]),
         "strange/config.json: architecture 'MambaForCausalLM' is not supported; known: ",
+    ),
+    "schedule table that is not there": (
+        (*USUAL, "--layout", "pp=2", "--schedule-table", "nowhere.json"),
+        "cannot read nowhere.json: No such file or directory",
+    ),
+    "schedule table that is none": (
+        (*USUAL, "--layout", "pp=2", "--schedule-table", "config.json"),
+        "schedule table: num_micro_batches: Field required",
+    ),
+    "schedule table that lacks an action": (
+        (*USUAL, "--layout", "pp=2", "--global-batch", "4", "--schedule-table", "half.json"),
+        "rank 1: 1B2 (backward of micro-batch 2 on stage 1) is missing",
+    ),
+    "schedule table that deadlocks": (
+        (*USUAL, "--layout", "pp=2", "--global-batch", "4", "--schedule-table", "deadlock.json"),
+        "the schedule would deadlock: rank 1: 1B3 (backward of micro-batch 3 on stage 1) needs 1F3 (forward of "
+        "micro-batch 3 on stage 1), which rank 1 does later",
+    ),
+    "schedule table for another batch": (
+        (*USUAL, "--layout", "pp=2", "--global-batch", "8", "--schedule-table", "own.json"),
+        "the schedule's table has 4 micro-batches, but a step of this layout and global batch has 8",
+    ),
+    "schedule table for another pipeline": (
+        (*USUAL, "--layout", "pp=4", "--global-batch", "4", "--schedule-table", "own.json"),
+        "the schedule's table has 2 ranks, but the layout has pp=4",
     ),
     "wrong value": ((*USUAL, "--steps", "0"), "training settings: steps: Input should be greater than 0"),
     "occupied port": (
@@ -206,7 +241,9 @@ def test_the_validation_loss_is_written_when_asked_and_at_the_end(
 @pytest.mark.usefixtures("by_flags")
 def test_the_run_folder_holds_settings_metrics_a_timeline_and_tensorboard(place: Workplace) -> None:
     out = place.folder / "flags"
-    assert {path.name for path in out.iterdir()} == {"settings.json", "metrics.jsonl", "timeline.json", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == {
+        "settings.json", "metrics.jsonl", "timeline.json", "tensorboard", "model", "checkpoints",
+    }  # fmt: skip
     timeline = json.loads((out / "timeline.json").read_text())
     assert (timeline["step"], len(timeline["ranks"])) == (2, 1), "the third step, of one pipeline rank"
     assert len(timeline["ranks"][0]["begin_s"]) == 2 * timeline["num_micro_batches"]
@@ -234,6 +271,19 @@ def test_joining_torchrun_gives_the_same_run_bitwise(place: Workplace) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "run: torchrun\n"
     assert numbers(place.folder / "torchrun") == numbers(place.folder / "flags")
+
+
+def test_a_schedule_of_ones_own_is_followed_recorded_and_drawn(place: Workplace, steps: list[dict[str, Any]]) -> None:
+    (place.folder / "own.json").write_text(OWN_TABLE)
+    done = place.train(*JOB, "--layout", "pp=2", "--schedule-table", "own.json", "--out", "own", OMP_NUM_THREADS="1")
+    assert (done.returncode, done.stdout) == (0, "run: own\n"), done.stderr
+    out = place.folder / "own"
+    assert [s["loss"] for s in read_metrics(out)[0]] == pytest.approx([s["loss"] for s in steps], rel=1e-4)
+    assert json.loads((out / "settings.json").read_text())["schedule_table"] == "own.json"
+    table, kept = json.loads(OWN_TABLE), json.loads((out / "timeline.json").read_text())
+    assert [rank["actions"] for rank in kept["ranks"]] == [rank["actions"] for rank in table["ranks"]]
+    picture = (out / "timeline.svg").read_text()
+    assert picture.index("predicted: own, 4 micro-batches") < picture.index("measured: step 3")
 
 
 def test_stopping_early_in_bf16_keeps_the_learning_rates(place: Workplace, steps: list[dict[str, Any]]) -> None:

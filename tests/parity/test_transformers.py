@@ -155,6 +155,9 @@ class WatchedSlice:
     def get_shape(self) -> list[int]:
         return self.slice.get_shape()  # type: ignore[no-any-return]
 
+    def get_dtype(self) -> str:
+        return self.slice.get_dtype()  # type: ignore[no-any-return]
+
     def __getitem__(self, where: Any) -> Tensor:
         values: Tensor = self.slice[where]
         assert self.name not in WatchedFile.read, f"{self.name} is read twice"

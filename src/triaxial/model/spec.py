@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -33,6 +34,7 @@ __all__ = [
     "load_model_spec",
     "planned_preset_names",
     "preset_names",
+    "read_description",
     "refuse_planned_only",
 ]
 
@@ -184,26 +186,38 @@ def load_model_spec(model: str | Path) -> ModelSpec:
     Raises:
         BadInput: nothing there, not JSON, an unknown architecture, or a missing or wrong field.
     """
+    return _parse(*_find(model))
+
+
+def read_description(model: str | Path) -> dict[str, Any]:
+    """The `config.json` that `model`, as in `load_model_spec`, stands for, in the form that transformers reads."""
+    text, where, name = _find(model)
+    family = _parse(text, where, name).family
+    described: dict[str, Any] = {"model_type": family} | json.loads(text)
+    return {key: value for key, value in described.items() if key != "source"}  # a preset's note on its origin
+
+
+def _find(model: str | Path) -> tuple[bytes, str, str]:
+    """Text of a description, where it was found and the model's name."""
     preset = str(model).lower()
     try:
         path = Path(model)
         if path.is_dir():
             path = path / "config.json"
         if path.is_file():
-            return _parse(path.read_bytes(), where=str(path), name=path.resolve().parent.name)
+            return path.read_bytes(), str(path), path.resolve().parent.name
     except OSError as error:
         raise BadInput(f"cannot read model {str(model)!r}: {error.strerror}") from None
+    presets = resources.files("triaxial.model") / "presets"
     if preset in preset_names():
-        text = (resources.files("triaxial.model") / "presets" / f"{preset}.json").read_bytes()
-        return _parse(text, where=preset, name=preset)
+        return (presets / f"{preset}.json").read_bytes(), preset, preset
     if preset in planned_preset_names():
-        text = (resources.files("triaxial.model") / "presets" / "planned" / f"{preset}.json").read_bytes()
-        return _parse(text, where=preset, name=preset)
+        return (presets / "planned" / f"{preset}.json").read_bytes(), preset, preset
     known = ", ".join([*preset_names(), *planned_preset_names()])
     raise BadInput(f"no model {str(model)!r}: give a config.json, a model folder, or one of {known}")
 
 
-def _parse(text: bytes, *, where: str, name: str) -> ModelSpec:
+def _parse(text: bytes, where: str, name: str) -> ModelSpec:
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of absurd length

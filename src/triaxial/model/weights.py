@@ -191,6 +191,13 @@ class Slicer:
         return LocalParameter(name, (piece,), padding=self.vocab_rows - (stop - start))
 
 
+def global_tensors(spec: ModelSpec) -> list[Piece]:
+    """Every tensor of a model, whole, in the order in which the model uses them."""
+    whole = Slicer(spec)
+    layers = (parameter for index in range(spec.num_layers) for parameter in whole.layer(index))
+    return [piece for parameter in (*whole.embedding(), *layers, *whole.head()) for piece in parameter.pieces]
+
+
 Source = Callable[[Piece], Tensor]
 """Gives the values of a piece."""
 
@@ -237,6 +244,10 @@ def _draw(seed: int, name: str, block: int, rows: int, cols: int) -> Tensor:
     return torch.randn(rows, cols, generator=generator)
 
 
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""torch's names of the types that weights may have in safetensors files."""
+
+
 class SafetensorsFolder:
     """Tensors of a Hugging Face model folder, read slice by slice; nothing else of a file is loaded."""
 
@@ -249,20 +260,47 @@ class SafetensorsFolder:
         else:
             raise BadInput(f"{folder} holds no model.safetensors (nor an index of several)")
         self._folder = folder
-        self._open: dict[str, Any] = {}
+        self._open: dict[Path, Any] = {}
 
     def __call__(self, piece: Piece) -> Tensor:
-        file = self._file_of.get(piece.name, "model.safetensors")
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(self._folder / file, framework="pt").__enter__()
-            tensor = self._open[file].get_slice(piece.name)
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{self._folder / file}: cannot read {piece.name}: {error}") from None
-        if tuple(tensor.get_shape()) != piece.shape:
-            raise BadInput(f"{self._folder / file}: {piece.name} is {tensor.get_shape()}, not {list(piece.shape)}")
+        tensor = self._find(piece)
         part: Tensor = tensor[:, piece.start : piece.stop] if piece.dim else tensor[piece.start : piece.stop]
         return part
+
+    def check(self, spec: ModelSpec) -> None:
+        """Read the files' headers and nothing else.
+
+        Raises:
+            BadInput: a tensor of the model is missing or has another shape, or there is one that the model has not.
+        """
+        tensors = global_tensors(spec)
+        for piece in tensors:
+            self._find(piece)
+        names = self._file_of or self._open[self._folder / "model.safetensors"].keys()
+        ignored = {"lm_head.weight"} if spec.tied_embeddings else set()
+        unknown = set(names) - {piece.name for piece in tensors} - ignored
+        unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # old files store it
+        if unknown:
+            raise BadInput(f"{self._folder}: {min(unknown)} is no tensor of {spec.name}: use its own config.json")
+
+    def dtype(self, spec: ModelSpec) -> str:
+        """Type of the tensors, by torch's name for it: that of the first."""
+        return DTYPES[self._find(global_tensors(spec)[0]).get_dtype()]
+
+    def _find(self, piece: Piece) -> Any:
+        """The tensor that the piece is a part of; reads its header."""
+        path = self._folder / self._file_of.get(piece.name, "model.safetensors")
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt").__enter__()
+            tensor = self._open[path].get_slice(piece.name)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path}: cannot read {piece.name}: {error}") from None
+        if tuple(tensor.get_shape()) != piece.shape:
+            raise BadInput(f"{path}: {piece.name} is {tensor.get_shape()}, not {list(piece.shape)}")
+        if tensor.get_dtype() not in DTYPES:
+            raise BadInput(f"{path}: {piece.name} is {tensor.get_dtype()}, not one of {', '.join(DTYPES)}")
+        return tensor
 
 
 def _read_index(path: Path) -> dict[str, str]:

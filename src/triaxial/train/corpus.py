@@ -19,7 +19,7 @@ from triaxial import BadInput
 from triaxial.train.documents import Piece, TextReader, list_files
 from triaxial.train.tokenizer import Tokenizer
 
-FORMAT = 1  # of the token file and its manifest; part of the cache key
+FORMAT = 2  # of the token file and its manifest; part of the cache key
 TOKENS_FILE, MANIFEST_FILE = "tokens.bin", "manifest.json"
 BATCH_CHARACTERS = 4 << 20
 
@@ -39,6 +39,8 @@ class Manifest:
     """Files of a folder that are not UTF-8 text."""
     max_id: int
     dtype: str
+    digest: str
+    """Of the tokens, by which data is recognized wherever it lies."""
 
 
 class Corpus:
@@ -179,6 +181,7 @@ def _write_tokens(source: Path, files: list[Path], tokenizer: Tokenizer, target:
         skipped_files=reader.skipped_files,
         max_id=writer.max_id,
         dtype=dtype.name,
+        digest=writer.digest.hexdigest(),
     )
 
 
@@ -202,6 +205,7 @@ class _TokenWriter:
     def __init__(self, out: BinaryIO, separator: int | None, dtype: np.dtype[Any]) -> None:
         self._out, self._separator, self._dtype = out, separator, dtype
         self._within_document = False
+        self.digest = hashlib.blake2b(dtype.name.encode(), digest_size=16)
         self.tokens = self.documents = self.max_id = 0
 
     def add(self, ids: NDArray[np.uint32], ends_document: bool) -> None:
@@ -214,7 +218,9 @@ class _TokenWriter:
 
     def _put(self, ids: NDArray[np.uint32]) -> None:
         if ids.size:
-            self._out.write(ids.astype(self._dtype).data)
+            written = ids.astype(self._dtype).data
+            self._out.write(written)
+            self.digest.update(written)
             self._within_document = True
             self.tokens += ids.size
             self.max_id = max(self.max_id, int(ids.max()))

@@ -34,9 +34,10 @@ def reported(out: Path, rank: int) -> Iterator[None]:
 def report_failure(error: BaseException, out: Path, rank: int) -> None:
     """Tell torch's launcher, if there is one, what went wrong on this rank, and leave the traceback in `out`."""
     ErrorHandler().record_exception(error)
-    with suppress(OSError, BadInput):  # what we report may be that the folder cannot be written to
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(_trace(out, rank), traceback.format_exc())
+    if not isinstance(error, BadInput):
+        with suppress(OSError, BadInput):  # what we report may be that the folder cannot be written to
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(_trace(out, rank), traceback.format_exc())
     if isinstance(error, CommunicationError):
         _wake_stopped_siblings()
 
@@ -48,11 +49,12 @@ def _wake_stopped_siblings() -> None:
             sibling.send_signal(signal.SIGCONT)
 
 
-def root_cause(failures: dict[int, ProcessFailure], out: Path) -> str:
-    """One sentence on the failure, of those by rank, that led to the others."""
+def root_cause(failures: dict[int, ProcessFailure], out: Path) -> BadInput | NoAnswer:
+    """The failure, of those by rank, that led to the others, in one sentence."""
     told = {rank: _words(failure) for rank, failure in failures.items()}
     rank = min(failures, key=lambda rank: (_order(told[rank]), failures[rank].timestamp, rank))
-    return _sentence(out, rank, told[rank])
+    kind, _, text = told[rank].partition(": ")
+    return BadInput(text) if kind == BadInput.__name__ else NoAnswer(_sentence(out, rank, told[rank]))
 
 
 def _order(words: str) -> int:

@@ -25,10 +25,10 @@ from triaxial import BadInput, NoAnswer
 from triaxial.model.spec import load_model_spec
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus, build_corpus
+from triaxial.train.elastic import fit_to_world
 from triaxial.train.failure import reported, root_cause
 from triaxial.train.tokenizer import load_tokenizer
 from triaxial.train.trainer import Place, Trainer
-from triaxial.train.worker import end_with_parent
 
 _SHUTDOWN_S = 5
 """That ranks have to end when they are asked to, before they are killed."""
@@ -92,9 +92,13 @@ def train_here(config: TrainConfig) -> Trainer:
 
 def _join_torchrun(config: TrainConfig, world: int) -> bool:
     given, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if given != world:
+    if config.elastic:
+        nodes, ranks_per_node = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        config = fit_to_world(config, given, nodes, ranks_per_node)
+        if rank == 0:
+            print(f"{given} ranks: {config.layout}", file=sys.stderr, flush=True)
+    elif given != world:
         raise BadInput(f"layout {config.layout} has {world} ranks and torchrun started {given}")
-    end_with_parent()
     with reported(config.out, rank):
         work(config)
     return rank == 0
@@ -120,7 +124,7 @@ def _start_local_ranks(config: TrainConfig, world: int) -> None:
         try:
             elastic_launch(launch_config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            raise NoAnswer(root_cause(error.failures, config.out)) from None
+            raise root_cause(error.failures, config.out) from None
         except SignalException as error:
             raise NoAnswer(f"ended by {error.sigval.name}") from None
 
@@ -155,13 +159,18 @@ def work(config: TrainConfig) -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     local_world = int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    torch.set_num_threads(max(1, _usable_cores() // local_world))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.timeout))
     try:
         Trainer(config, open_corpus(config), Place(rank, device)).run()
     finally:
         dist.destroy_process_group()
+
+
+def _usable_cores() -> int:
+    """Those that a scheduler has given to this process, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _device(local_rank: int) -> torch.device:

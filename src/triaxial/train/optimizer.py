@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from triaxial.parallel.data import Unit
 
@@ -37,22 +39,45 @@ def learning_rate(step: int, total_steps: int, hyper: Hyperparameters) -> float:
     return floor + (hyper.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's running means of a unit's gradient and of its square, flat like the shard."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
 class Optimizer:
     """AdamW on each rank's shards of the master parameters; matrices decay, vectors do not."""
 
     def __init__(self, units: Sequence[Unit], hyper: Hyperparameters) -> None:
         self._units, self._hyper = units, hyper
-        groups = []
+        self.moments = {unit: Moments(torch.zeros_like(unit.master), torch.zeros_like(unit.master)) for unit in units}
+        groups: list[dict[str, Any]] = []
+        slices: list[tuple[Tensor, Unit, slice]] = []
         for decay, part in ((hyper.weight_decay, 0), (0.0, 1)):
             where = [(unit, place) for unit in units if (place := unit.decaying()[part]) is not None]
             parameters = [unit.master[place].detach() for unit, place in where]
             for parameter, (unit, place) in zip(parameters, where, strict=True):
                 parameter.grad = unit.gradient[place]
+                slices.append((parameter, unit, place))
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay})
         self._adamw = torch.optim.AdamW(
             groups, lr=hyper.lr, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps, fused=True
         )
+        for parameter, unit, place in slices:
+            moments = self.moments[unit]
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": moments.exp_avg[place],
+                "exp_avg_sq": moments.exp_avg_sq[place],
+            }
+
+    def continue_from(self, steps: int) -> None:
+        """The moments have been given their values after so many steps."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(steps)
 
     def step(self, lr: float, gradient_norm: float) -> None:
         """Clip by the global norm, update the shards, and bring them back to every rank's parameters."""

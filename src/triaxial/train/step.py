@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +64,17 @@ def _flat(tokens: Tokens, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens.T)).flatten().to(device)
 
 
-def training_step(program: Program, optimizer: Optimizer, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-    """Forward, backward, clipping and update."""
+def training_step(
+    program: Program,
+    optimizer: Optimizer,
+    micro_batches: Sequence[MicroBatch],
+    lr: float,
+    before_update: Callable[[], None] = lambda: None,
+) -> StepResult:
+    """Forward, backward, clipping and update; `before_update` is called when parameters are about to change."""
     spans = program.run(micro_batches)
     result = _summary(program, micro_batches, spans)
+    before_update()
     optimizer.step(lr, result.grad_norm)
     return result
 

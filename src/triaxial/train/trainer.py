@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from numpy.typing import NDArray
 
 from triaxial.model import IGNORE
 from triaxial.model.spec import load_model_spec
-from triaxial.model.weights import initial_values
+from triaxial.model.weights import SafetensorsFolder, initial_values
 from triaxial.parallel.data import PRECISIONS
 from triaxial.parallel.program import Shape, build_program
 from triaxial.parallel.stage import MicroBatch
 from triaxial.parallel.timeline import gather_timeline
 from triaxial.plan.layout import micro_batches
 from triaxial.plan.pipeline.measured import MeasuredStep
+from triaxial.train.checkpoint.load import restore
+from triaxial.train.checkpoint.save import Policy, Saver
+from triaxial.train.checkpoint.state import TrainingState
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus
 from triaxial.train.optimizer import Optimizer, learning_rate
@@ -43,10 +47,11 @@ class Trainer:
     """One rank of a training run. The process group must exist where the layout has more than one rank."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, place: Place) -> None:
-        """Build the model and its initial values.
+        """Build the model with its initial values or, of a resumed run, those of its newest whole checkpoint.
 
         Raises:
-            BadInput: data too short for the sequence length, or token ids beyond the model's vocabulary.
+            BadInput: data too short for the sequence length, token ids beyond the model's vocabulary, or a run that
+                cannot be resumed.
         """
         self.config, self._corpus, self._place = config, corpus, place
         self.spec = load_model_spec(config.model)
@@ -61,21 +66,46 @@ class Trainer:
             precision=PRECISIONS[config.precision],
             device=place.device,
             rank=place.rank,
+            schedule=config.own_schedule,
             timeout=timedelta(seconds=config.timeout),
         )
-        self.program.load(initial_values(self.spec, config.seed))
         self._optimizer = Optimizer(self.program.units, config.hyperparameters)
         self._loss_dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self._state = TrainingState(self.program.units, self._optimizer)
+        described = self.spec.model_dump(mode="json", exclude={"name"})
+        self._job = config.fixed | {"data": corpus.manifest.digest, "model": described}
+        self._first_step = self._restore() if config.resume else self._begin()
+
+    def _begin(self) -> int:
+        """Give the parameters their initial values."""
+        config = self.config
+        self.program.load(SafetensorsFolder(config.init) if config.init else initial_values(self.spec, config.seed))
+        return 0
+
+    def _restore(self) -> int:
+        """Go back to the newest whole checkpoint, or to the beginning if there is none yet. Returns the steps done."""
+        run = self.config.out
+        restored = restore(run, self._state, self.program.mesh, self._job)
+        if self._place.rank == 0:
+            notes = restored.notes if restored else []
+            where = f"step {restored.step}" if restored else "the beginning: no checkpoint was saved yet"
+            print("\n".join([*notes, f"{run} goes on after {where}"]), file=sys.stderr, flush=True)
+        return restored.step if restored else self._begin()
 
     def run(self) -> None:
         """Train to the end, or to `stop_after`; rank 0 keeps the record."""
         config = self.config
         planned = min(config.steps, config.stop_after or config.steps)
-        with RunRecord(config, planned) if self._place.rank == 0 else nullcontext() as record:
-            for step in range(planned):
+        policy = Policy(config.keep_last, config.keep_every, config.timeout)
+        first_step, rank = self._first_step, self._place.rank
+        with (
+            RunRecord(config, first_step, planned) if rank == 0 else nullcontext() as record,
+            Saver(config.out, self._state, self.program.mesh, self._job, policy) as saver,
+        ):
+            for step in range(first_step, planned):
                 began = time.perf_counter()
                 lr = learning_rate(step, config.steps, config.hyperparameters)
-                result = training_step(self.program, self._optimizer, self._batch(step), lr)
+                result = training_step(self.program, self._optimizer, self._batch(step), lr, saver.before_update)
                 if record:
                     record.step(self._metrics(step, lr, result, time.perf_counter() - began))
                 if step == min(_TIMELINE_STEP, planned - 1):
@@ -84,6 +114,16 @@ class Trainer:
                     loss = evaluate(self.program, self._validation_batch())
                     if record:
                         record.evaluation(step, loss)
+                if step + 1 == planned or (step + 1) % (config.checkpoint_every or planned) == 0:
+                    saver.start(step + 1)
+                self._report_saves(saver, record)
+            saver.finish()
+            self._report_saves(saver, record)
+
+    def _report_saves(self, saver: Saver, record: RunRecord | None) -> None:
+        for save in saver.completed():
+            if record:
+                record.checkpoint(save)
 
     def _keep_timeline(self, step: int, result: StepResult, record: RunRecord | None) -> None:
         program = self.program

@@ -29,6 +29,12 @@ def main() -> None:
         sys.exit(1)
 
 
+def end_with_torchrun() -> None:
+    """As `end_with_parent`, in a process that torchrun started; to be called before torch is imported."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
 def end_with_parent() -> None:
     """A signal to the launcher ends its ranks through it; if it is killed itself, the kernel ends them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for a collective to end
