@@ -16,6 +16,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Find the best layout for a model, a cluster and a workload, and say why."),
     "estimate": ("estimate", "Price one layout."),
     "validate": ("validate", "Hold predictions against published measurements."),
+    "generate": ("generate", "Continue prompts with a model under any layout."),
+    "serve": ("serve", "Serve a model over HTTP as OpenAI does."),
+    "export-hf": ("export_hf", "Write a run's weights as a Hugging Face model folder."),
+    "probe": ("probe", "Measure the devices and links of this cluster."),
+    "bench": ("bench", "Run layouts for real and hold predictions against them."),
+    "lab": ("lab", "Run a command on slow-linked nodes made on this machine."),
     "schedule": ("schedule", "Show a pipeline schedule, its bubble and its memory."),
 }
 

@@ -31,7 +31,7 @@ def model_and_cluster(command: Command) -> Command:
     for decorate in reversed(
         (
             click.argument("model"),
-            click.option("--cluster", required=True, help="NODESxGPUSxDEVICE (4x8xH100-SXM) or a TOML file."),
+            click.option("--cluster", required=True, help="NODESxGPUSxDEVICE (4x8xH100-SXM), a TOML file, or local."),
             click.option("--inter", help="Network between nodes: rate of one NIC (400Gb/s), or 8x400Gb/s."),
             click.option("--intra", help="Links inside a node: a kind (pcie4, nvlink4) or a rate (300GB/s)."),
             click.option("--gpu-price", type=float, help="Price of one GPU for an hour."),

@@ -1,0 +1,133 @@
+"""The probe: what the devices and links of this cluster really do, as a cluster file that the planner reads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from triaxial import BadInput
+from triaxial.cluster.spec import Cluster
+from triaxial.measure.fit import LinkFit, fit_tier
+from triaxial.measure.machine import describe_device, tiers_of
+from triaxial.measure.probe_compute import device_timings, reference_seconds
+from triaxial.measure.probe_links import LinkTimings, link_timings, neighbour_rates
+from triaxial.measure.stopwatch import Stopwatch
+from triaxial.parallel.host import host_identity
+from triaxial.parallel.mesh import Axis
+from triaxial.plan.workload import Precision
+
+_BUDGET_S = 0.02
+"""That every piece of work is repeated for."""
+_SLOW_RANK, _SLOW_LINK = 0.9, 0.7
+"""Share of the median rate below which a rank, or a link between nodes, is named."""
+
+T = TypeVar("T")
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found."""
+
+    cluster: Cluster
+    fits: tuple[LinkFit, ...]
+    """Latency and bandwidth of every tier, with what they leave unexplained."""
+    contention: dict[str, float]
+    """By axis: time of the largest all-reduce while all groups of the axis talk over its time alone."""
+    outliers: tuple[str, ...]
+    """Sentences on ranks and links that are slower than the others."""
+
+
+def probe(rank: int, device: torch.device, precisions: tuple[Precision, ...], tell: Tell) -> Probe:
+    """Measure this cluster; every rank of the world must call it, and gets the same answer.
+
+    Args:
+        tell: called with the name of what comes next.
+
+    Raises:
+        BadInput: nodes with different numbers of ranks.
+    """
+    world = Axis("world", tuple(range(dist.get_world_size())), rank, dist.group.WORLD)
+    nodes = _nodes(world.size)
+    watch = Stopwatch(world, device, _BUDGET_S)
+    timings, stream, launch = device_timings(watch, precisions, len(nodes[0]), tell)
+    skeleton = Cluster(
+        name="probed",
+        gpus_per_node=len(nodes[0]),
+        device=describe_device(device, timings, stream, launch, len(nodes[0])),
+        tiers=tiers_of(device, len(nodes), len(nodes[0])),
+    )
+    links = list(_told(link_timings(watch, skeleton, rank), tell))
+    together = [link.timings for link in links if not link.alone]
+    fits = tuple(fit for index in range(len(skeleton.tiers)) if (fit := fit_tier(skeleton, index, together)))
+    outliers = (*_slow_ranks(watch), *_slow_links(neighbour_rates(watch, nodes)))
+    return Probe(_fitted(skeleton, fits, links), fits, _contention(links), outliers)
+
+
+def _told(links: Iterator[LinkTimings], tell: Tell) -> Iterator[LinkTimings]:
+    for link in links:
+        tell(f"{link.timings.kind} over {link.axis}={link.size}")
+        yield link
+
+
+def _nodes(world: int) -> list[list[int]]:
+    """Ranks by host, in order."""
+    identities = [""] * world
+    dist.all_gather_object(identities, host_identity())
+    nodes = [[rank for rank in range(world) if identities[rank] == host] for host in dict.fromkeys(identities)]
+    if len({len(ranks) for ranks in nodes}) > 1 or [*chain.from_iterable(nodes)] != [*range(world)]:
+        raise BadInput("start the probe with as many ranks on every node, numbered node by node")
+    return nodes
+
+
+def _fitted(skeleton: Cluster, fits: tuple[LinkFit, ...], links: list[LinkTimings]) -> Cluster:
+    """The cluster with its tiers' fitted figures, for sizes and groups that were not measured, and the points."""
+    by_tier = {fit.tier: fit for fit in fits}
+    tiers = tuple(
+        tier.model_copy(
+            update={"latency_s": fit.latency_s, "bandwidth_bytes_per_s": fit.bytes_per_s, "efficiency": 1.0}
+        )
+        if (fit := by_tier.get(tier.name))
+        else tier
+        for tier in skeleton.tiers
+    )
+    points = {(t.kind, t.members, t.sharing): t for link in links if not link.alone for t in [link.timings]}
+    return skeleton.model_copy(update={"tiers": tiers, "timings": tuple(points.values())})
+
+
+def _contention(links: list[LinkTimings]) -> dict[str, float]:
+    alone = {(link.axis, link.size): link.timings.seconds[-1] for link in links if link.alone}
+    together = {
+        (link.axis, link.size): link.timings.seconds[-1]
+        for link in links
+        if not link.alone and link.timings.kind == "all_reduce"
+    }
+    return {f"{axis}={size}": together[axis, size] / seconds for (axis, size), seconds in alone.items()}
+
+
+def _slow_ranks(watch: Stopwatch) -> list[str]:
+    took = watch.each(reference_seconds(watch))
+    usual = statistics.median(took)
+    return [
+        f"rank {rank} is {seconds / usual - 1:.0%} slower at matrix products than the median"
+        for rank, seconds in enumerate(took)
+        if usual / seconds < _SLOW_RANK
+    ]
+
+
+def _slow_links(rates: dict[tuple[int, int], float]) -> list[str]:
+    """Named against the other links: a single one has nothing to be compared with."""
+    if len(rates) < 3:
+        return []
+    usual = statistics.median(rates.values())
+    return [
+        f"link node{source}-node{target} gives {rate / usual:.0%} of the median link's rate"
+        for (source, target), rate in rates.items()
+        if rate / usual < _SLOW_LINK
+    ]

@@ -1,0 +1,65 @@
+"""Seconds of a piece of work on this rank's device, while all other ranks do the same."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from triaxial.parallel.mesh import Axis
+
+Work = Callable[[], object]
+
+
+class Stopwatch:
+    """Times work that every rank of the world starts together.
+
+    A piece is repeated until `budget_s` is spent, and at least `_LEAST` times after a warm-up; ranks agree on how often.
+    """
+
+    _LEAST, _MOST = 3, 200
+
+    def __init__(self, world: Axis, device: torch.device, budget_s: float) -> None:
+        self.world, self.device, self.budget_s = world, device, budget_s
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of one repetition, averaged over the ranks."""
+        return self._sum(self.own_seconds(work)) / self.world.size
+
+    def slowest(self, work: Work) -> float:
+        """Seconds of one repetition on the rank that takes longest."""
+        return max(self.each(self.own_seconds(work)))
+
+    def own_seconds(self, work: Work) -> float:
+        """Median seconds of one repetition on this rank."""
+        first = max(self.each(self._timed(work)))
+        repeats = int(min(self._MOST, max(self._LEAST, self.budget_s / max(first, 1e-7))))
+        self.barrier()
+        return statistics.median(self._timed(work) for _ in range(repeats))
+
+    def each(self, seconds: float) -> list[float]:
+        """Every rank's own number, by rank."""
+        mine = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        gathered: list[float] = self.world.all_gather(mine).tolist()
+        return gathered
+
+    def barrier(self) -> None:
+        """Return when every rank is here."""
+        self._sum(0.0)
+
+    def _timed(self, work: Work) -> float:
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    def _sum(self, number: float) -> float:
+        return sum(self.each(number))
