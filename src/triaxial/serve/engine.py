@@ -93,7 +93,9 @@ class Engine:
         budgets = [
             self.settings.kv_memory or int(rank["free"] * _FREE_PART * self.settings.memory_share) for rank in ranks
         ]
-        blocks: int = min(usable, *(b // r["block_bytes"] for b, r in zip(budgets, ranks, strict=True)))
+        # a stage may hold the head alone, and so no keys
+        limits = [b // r["block_bytes"] for b, r in zip(budgets, ranks, strict=True) if r["block_bytes"]]
+        blocks: int = min(usable, *limits)
         if blocks < 1:
             raise BadInput(
                 f"the KV cache has no room for {BLOCK_TOKENS} tokens of {self.spec.name}: free memory, or use more ranks"
