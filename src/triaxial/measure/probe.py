@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def probe(rank: int, device: torch.device, precisions: tuple[Precision, ...], te
     """
     world = Axis("world", tuple(range(dist.get_world_size())), rank, dist.group.WORLD)
     nodes = _nodes(world.size)
-    watch = Stopwatch(world, device, _BUDGET_S)
+    shared = device.type == "cpu" and len(nodes[0]) > (os.cpu_count() or 1)
+    watch = Stopwatch(world, device, _BUDGET_S, shared=shared)
     timings, stream, launch = device_timings(watch, precisions, len(nodes[0]), tell)
     skeleton = Cluster(
         name="probed",

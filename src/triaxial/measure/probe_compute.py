@@ -105,7 +105,8 @@ def device_timings(
     watch: Stopwatch, precisions: Sequence[Precision], per_node: int, tell: Callable[[str], None]
 ) -> tuple[DeviceTimings, float, float]:
     """Every point of a device, its stream rate in bytes per second, and the seconds of its smallest operation."""
-    reserve = peak_memory_bytes(watch.device)
+    step_s = step_seconds(watch)
+    reserve = peak_memory_bytes(watch.device)  # after a first small step, which loads what every step needs
     gemm, attention, passes = {}, {}, {}
     for precision in precisions:
         dtype = PRECISIONS[precision].compute
@@ -120,7 +121,7 @@ def device_timings(
         attention=attention,
         pass_bytes_per_s={precision: rate for precision, (_, rate) in passes.items()},
         pass_launch_s={precision: launch for precision, (launch, _) in passes.items()},
-        step_s=step_seconds(watch),
+        step_s=step_s,
         reserve_bytes=reserve,
         ranks_per_processor=max(1.0, per_node / (os.cpu_count() or 1)) if watch.device.type == "cpu" else 1.0,
     )

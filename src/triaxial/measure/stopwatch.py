@@ -21,8 +21,10 @@ class Stopwatch:
 
     _LEAST, _MOST = 3, 200
 
-    def __init__(self, world: Axis, device: torch.device, budget_s: float) -> None:
+    def __init__(self, world: Axis, device: torch.device, budget_s: float, *, shared: bool = False) -> None:
+        """`shared`: ranks take turns on their processors, so that a median would leave the waiting out."""
         self.world, self.device, self.budget_s = world, device, budget_s
+        self._typical = statistics.fmean if shared else statistics.median
 
     def seconds(self, work: Work) -> float:
         """Seconds of one repetition, averaged over the ranks."""
@@ -33,11 +35,11 @@ class Stopwatch:
         return max(self.each(self.own_seconds(work)))
 
     def own_seconds(self, work: Work) -> float:
-        """Median seconds of one repetition on this rank."""
+        """Typical seconds of one repetition on this rank."""
         first = max(self.each(self._timed(work)))
         repeats = int(min(self._MOST, max(self._LEAST, self.budget_s / max(first, 1e-7))))
         self.barrier()
-        return statistics.median(self._timed(work) for _ in range(repeats))
+        return self._typical([self._timed(work) for _ in range(repeats)])
 
     def each(self, seconds: float) -> list[float]:
         """Every rank's own number, by rank."""

@@ -94,7 +94,7 @@ class SharedMemory:
         """
         for peer, connection in self._peers.sockets.items():
             with self._peers.naming(peer):
-                if not connection.recv(1):
+                if not (self._peers.soon(connection) or connection.recv(1)):
                     raise ConnectionResetError
         slots = [self._slot(rank, like) for rank in range(self._size)]
         self._messages += 1
