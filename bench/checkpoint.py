@@ -13,7 +13,6 @@ disk. Peak of a load is the most memory that a rank's shard and what loading nee
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -263,20 +263,20 @@ def print_tables(results: Results, console: Console) -> None:
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Checkpoints against the disk, torch.save and safetensors.")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; by default the temporary folder")
-    options = parser.parse_args()
+@click.command()
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="where to write; by default the temporary folder")
+def main(repeats: int, folder: Path | None) -> None:
+    """Checkpoints against the disk, torch.save and safetensors."""
     torch.set_num_threads(1)
     state, results = whole_state(), Results()
     with (
-        tempfile.TemporaryDirectory(dir=options.folder) as folder,
+        tempfile.TemporaryDirectory(dir=folder) as here,
         Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
     ):
-        task = bar.add_task("saving and loading", total=options.repeats * (3 + len(LAYOUTS)))
-        for _ in range(options.repeats):
-            one_round(Path(folder), state, results, lambda: bar.advance(task))
+        task = bar.add_task("saving and loading", total=repeats * (3 + len(LAYOUTS)))
+        for _ in range(repeats):
+            one_round(Path(here), state, results, lambda: bar.advance(task))
     print_tables(results, Console(width=110, highlight=False))
 
 

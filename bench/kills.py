@@ -10,7 +10,6 @@ norms and validation losses must be bitwise those of the uninterrupted run, ever
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -21,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import psutil
 from rich.console import Console
 from rich.progress import Progress
@@ -148,26 +148,26 @@ def _kill(process: psutil.Process) -> None:
         return
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="kill -9 while training, again and again.")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--layout", default="dp=2,zero=2")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
-    options = parser.parse_args()
-    console, chance = Console(width=100, highlight=False), random.Random(options.seed)
-    steps, kills = STEPS_A_KILL * options.kills, []
+@click.command()
+@click.option("--kills", "wanted", default=50, show_default=True)
+@click.option("--layout", default="dp=2,zero=2", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="of victims and moments")
+def main(wanted: int, layout: str, seed: int) -> None:
+    """kill -9 while training, again and again."""
+    console, chance = Console(width=100, highlight=False), random.Random(seed)
+    steps, kills = STEPS_A_KILL * wanted, []
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
     ):
         data = Path(folder) / "squares.txt"
         data.write_text("\n".join(f"{i} squared is {i * i}." for i in range(20000)))
-        whole, killed = (Job(Path(folder) / name, data, options.layout, steps) for name in ("whole", "killed"))
+        whole, killed = (Job(Path(folder) / name, data, layout, steps) for name in ("whole", "killed"))
         task = bar.add_task("the uninterrupted run", total=None)
         whole.finish()
-        bar.update(task, description="kills", total=options.kills)
+        bar.update(task, description="kills", total=wanted)
         try:
-            while len(kills) < options.kills and (kill := kill_once(killed, chance)):
+            while len(kills) < wanted and (kill := kill_once(killed, chance)):
                 kills.append(kill)
                 bar.update(task, completed=len(kills))
             bar.update(task, description="the rest of the run")
@@ -176,7 +176,7 @@ def main() -> None:
         except Broken as error:
             raise SystemExit(f"a checkpoint is not whole: {error}") from None
         same = whole.curve() == killed.curve()
-    console.print(table(kills, f"{len(kills)} kills of a run of {steps} steps, {options.layout}"))
+    console.print(table(kills, f"{len(kills)} kills of a run of {steps} steps, {layout}"))
     console.print(f"loss curve bitwise that of the uninterrupted run, each step once: {'yes' if same else 'NO'}")
     sys.exit(0 if same else 1)
 

@@ -16,7 +16,6 @@ or the contestant's own. With more processes than two, the same two cores are sh
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import click
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -212,34 +212,42 @@ def markdown_table(title: str, lines: list[tuple[str, ...]]) -> str:
     return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Triaxial's training throughput beside plain PyTorch's.")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "all"), default="all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name or layout holds TEXT")
-    parser.add_argument("--steps", type=int, default=5, help="most steps measured of each configuration")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those")
-    parser.add_argument("--minutes", type=float, default=11.5, help="fewer steps are measured to stay within this")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    options = parser.parse_args()
+@click.command()
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "all"]), default="all", show_default=True)
+@click.option("--only", default="", metavar="TEXT", help="only rows whose name or layout holds TEXT")
+@click.option("--steps", default=5, show_default=True, help="most steps measured of each configuration")
+@click.option("--warmup", default=1, show_default=True, help="steps before those")
+@click.option("--minutes", default=11.5, show_default=True, help="fewer steps are measured to stay within this")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), metavar="FILE")
+def main(
+    precision: str,
+    only: str,
+    steps: int,
+    warmup: int,
+    minutes: float,
+    json_file: Path | None,
+    markdown_file: Path | None,
+) -> None:
+    """Triaxial's training throughput beside plain PyTorch's."""
     console = Console(width=124, highlight=False)
-    precisions = ["fp32", "bf16"] if options.precision == "all" else [options.precision]
-    rows = [r for r in ROWS if r.name == ONE_THREAD or options.only in r.name or options.only in r.layout]
+    precisions = ["fp32", "bf16"] if precision == "all" else [precision]
+    rows = [r for r in ROWS if r.name == ONE_THREAD or only in r.name or only in r.layout]
     for row in rows:
         if reason := refusal(row):
             console.print(f"ours does not run {row.name}: {reason}")
     tasks = [task for precision in precisions for task in tasks_of(rows, precision)]
-    results = merge_repeated(run_all(tasks, options.warmup, options.steps, options.minutes * 60, console))
+    results = merge_repeated(run_all(tasks, warmup, steps, minutes * 60, console))
 
     titles = {p: f"{p}, {SPEC.name}, sequence {SEQ_LEN}, global batch {GLOBAL_BATCH}; {machine()}" for p in precisions}
     tables = {titles[p]: cells([r for r in results if r.precision == p]) for p in precisions}
     for title, lines in tables.items():
         console.print(rich_table(title, lines))
-    if options.markdown:
-        options.markdown.write_text("\n".join(markdown_table(title, lines) for title, lines in tables.items()))
-    if options.json:
+    if markdown_file:
+        markdown_file.write_text("\n".join(markdown_table(title, lines) for title, lines in tables.items()))
+    if json_file:
         records = [asdict(r) | {"tokens_per_s": r.tokens_per_s} for r in results]
-        options.json.write_text(json.dumps({"machine": machine(), "results": records}, indent=1))
+        json_file.write_text(json.dumps({"machine": machine(), "results": records}, indent=1))
 
 
 if __name__ == "__main__":
