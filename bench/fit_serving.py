@@ -6,8 +6,8 @@ Writes
 `plan/validation/serving_left_out.py`, and to standard error the constants for `plan/serving/constants.py` and a table of
 log errors by source, in sample and left out.
 Gauss-Newton on the logarithms: predictions are made exactly, their derivatives by finite differences, and the small
-robust least-squares problem in between by scipy. Fits without a source solve the problem linearised at the joint
-solution, pulled towards `PRIOR`: what only that source could tell stays what one would have guessed.
+robust least-squares problem in between by scipy. Fits without a source solve the problem as the last iteration has it
+linearised, pulled towards `PRIOR`: what only that source could tell stays what one would have guessed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ CONSTANTS: dict[str, tuple[float, float, float]] = {
     "hosts.vllm.request_s": (1e-3, 20e-3, 0.2),
 }
 LOW, PRIOR, HIGH = (np.log([bounds[i] for bounds in CONSTANTS.values()]) for i in range(3))
-ITERATIONS = 3
+ITERATIONS = 2
+"""From the constants in use."""
 PULL = 0.05
 """Weight of staying at the guess: constants that the data leave open do not wander."""
 POINTS_PER_SOURCE = 40
@@ -69,13 +70,17 @@ def log_errors(points: list[ServedPoint], x: Floats) -> Floats:
 
 
 def slopes_at(points: list[ServedPoint], x: Floats, errors: Floats) -> Floats:
-    """Derivatives of the log errors by the logarithm of each constant."""
-    columns = []
-    for index in range(len(x)):
+    """Derivatives of the log errors by the logarithm of each constant; a host's times concern its engine's points."""
+    hosts = np.array([point.engine.host for point in points for _ in point.measured])
+    slopes = np.zeros((len(errors), len(x)))
+    for index, name in enumerate(CONSTANTS):
         nearby = x.copy()
         nearby[index] += STEP
-        columns.append((log_errors(points, nearby) - errors) / STEP)
-    return np.stack(columns, axis=1)
+        host = name.split(".")[1] if name.startswith("hosts.") else None
+        rows = np.full(len(hosts), True) if host is None else hosts == host
+        concerned = [point for point in points if host in (None, point.engine.host)]
+        slopes[rows, index] = (log_errors(concerned, nearby) - errors[rows]) / STEP
+    return slopes
 
 
 def solve(errors: Floats, slopes: Floats, weights: Floats, at: Floats, reach: float) -> Floats:
@@ -109,13 +114,13 @@ def main() -> None:
     sources = np.array([point.source for point in points for _ in point.measured])
     # a source counts as the square root of its rows: many weigh more, but do not drown the others
     weights = np.array([np.count_nonzero(sources == source) ** -0.25 for source in sources])
-    x = PRIOR
+    x = np.log([SERVING.values()[name] for name in CONSTANTS])
     for iteration in range(ITERATIONS):
         errors = log_errors(points, x)
         print(f"iteration {iteration}: median |log error| {np.median(np.abs(errors)):.4f}", file=sys.stderr, flush=True)
-        x = solve(errors, slopes_at(points, x, errors), weights, x, reach=1.0)
+        slopes = slopes_at(points, x, errors)
+        x = solve(errors, slopes, weights, x, reach=1.0)
     errors = log_errors(points, x)
-    slopes = slopes_at(points, x, errors)
     print(f"{len(errors)} metrics: median |log error| {np.median(np.abs(errors)):.4f}", file=sys.stderr)
     print(_rounded(x), file=sys.stderr)
     print(HEADER)

@@ -208,9 +208,9 @@ def report(rows: list[Row], steps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_section(path: Path, text: str) -> str:
-    """The file's text with what stands between its rehearsal marks replaced; of a file without them, `text` alone."""
-    begin, end = "<!-- rehearsal -->\n", "<!-- /rehearsal -->"
+def with_section(path: Path, name: str, text: str) -> str:
+    """The file's text with what stands between its marks of that name replaced; of a file without them, `text` alone."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if begin not in old or end not in old:
         return text
@@ -229,7 +229,7 @@ def main() -> None:
     text = report(rows, options.steps)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
     if options.markdown:
-        write_atomically(options.markdown, with_section(options.markdown, text))
+        write_atomically(options.markdown, with_section(options.markdown, "rehearsal", text))
     if options.svg:
         options.svg.mkdir(parents=True, exist_ok=True)
         for row in rows:

@@ -16,7 +16,7 @@ from rich.table import Table
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.asked import demand_for, serving_work
+from triaxial.plan.serving.demand import demand_for, serving_work
 from triaxial.plan.serving.limits import Limits
 from triaxial.plan.serving.plan import plan_serving
 from triaxial.plan.serving.simulate import simulate

@@ -1,6 +1,6 @@
 """Triaxial: plan, run and measure transformers spread over many GPUs.
 
-The package root holds only what every part shares: the version and the two ways a command can end badly.
+The package root holds only what every part shares: the version and the ways a command can end badly.
 """
 
 __version__ = "0.1.0"
@@ -12,3 +12,7 @@ class BadInput(ValueError):
 
 class NoAnswer(Exception):
     """The question was valid and the answer is no (does not fit, check failed). Exit code 1."""
+
+
+class Ended(NoAnswer):
+    """There is no answer because a signal has asked this program to end."""

@@ -21,6 +21,16 @@ def require_free(folder: Path, instead: str) -> None:
         raise BadInput(f"cannot write to {existing}: choose {instead}")
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a file that `write_atomically` could not write, before the work for it is done.
+
+    Raises:
+        BadInput: its folder is missing or cannot be written to, or it is a folder itself.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise BadInput(f"cannot write {path}: name a file in a folder that exists")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` beside `path` and rename it into place.
 

@@ -6,14 +6,25 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.parity.test_schedules import case_of
-from tests.parity.training import assert_same, reference, train, train_everywhere, train_over_gloo
+from tests.parity.training import (
+    Case,
+    assert_same,
+    build,
+    reference,
+    step_batches,
+    train,
+    train_everywhere,
+    train_over_gloo,
+)
 from tests.world import World
+from triaxial.parallel import mesh
 from triaxial.parallel import timeline as clocks
 from triaxial.parallel.emulated import EmulatedStage
 from triaxial.parallel.mesh import Axis, CommunicationError
@@ -125,6 +136,30 @@ def test_a_pipeline_across_hosts_trains_alike(world: World, text: str) -> None:
     layout = parse_layout(text)
     case = case_of(layout, 5, layers=7, tied=True)
     assert_same(train_everywhere(world, case, layout, job=train_over_gloo), reference(world, case))
+
+
+def train_on_hosts_of_two(rank: int, *job: Any) -> Any:
+    """`train` where neighbouring ranks share a host."""
+    with mock.patch.object(mesh, "host_identity", return_value=str(rank // 2)):
+        return train(rank, *job)
+
+
+def sent_by(rank: int, case: Case, layout: Layout) -> int:
+    """Bytes that a rank of hosts of two sends to other stages in a step."""
+    with mock.patch.object(mesh, "host_identity", return_value=str(rank // 2)):
+        program, _ = build(rank, case, layout)
+    program.run(step_batches(program, case, 0))
+    return program.mesh.pp.traffic["send"]
+
+
+@pytest.mark.parametrize("text", ["tp=2,pp=2", "tp=2,pp=2,sp=1", "tp=2,pp=2,order=pp-cp-dp-tp"])
+def test_tensor_parallel_ranks_of_a_host_send_each_its_part_to_the_next(world: World, text: str) -> None:
+    layout = parse_layout(text)
+    case = case_of(layout, 3, layers=5, tied=False)
+    assert_same(train_everywhere(world, case, layout, job=train_on_hosts_of_two), reference(world, case))
+    message_bytes = case.seq_len * case.spec.hidden * 8
+    parts = 1 if "order" in text else 2
+    assert world.run(4, sent_by, case, layout) == [3 * message_bytes // parts] * 4
 
 
 @pytest.mark.parametrize("job", [train, train_over_gloo])

@@ -67,6 +67,12 @@ def test_text_names_what_differs_from_the_defaults() -> None:
     assert str(layout) == "tp=8,pp=4,dp=2,mb=1,schedule=zb-h1,zero=3,sp=1,cut=9+8+8+9,order=pp-tp-cp-dp"
 
 
+def test_long_cuts_are_written_by_runs() -> None:
+    cut = (3, *(2,) * 6, 3)
+    assert str(Layout(pp=8, cut=cut)) == "tp=1,pp=8,dp=1,mb=1,cut=3+2*6+3"
+    assert parse_layout("pp=8,cut=3+2*6+3").cut == cut
+
+
 def test_text_is_read_in_any_order_and_spacing() -> None:
     assert parse_layout(" dp = 2 , tp=8,") == Layout(tp=8, dp=2)
     assert parse_layout("") == Layout()
@@ -116,7 +122,10 @@ def test_any_values_are_a_layout_or_bad_input(values: dict[str, Any]) -> None:
         ("tp=two", "layout: tp='two' must be a whole number"),
         ("tp=1.5", "layout: tp='1.5' must be a whole number"),
         ("sp=yes", "layout: sp='yes' must be 0 or 1"),
-        ("cut=3+x", "layout: cut='3+x' must be whole numbers joined by +"),
+        ("cut=3+x", "layout: cut='3+x' must be whole numbers joined by +, like 3+2*5"),
+        ("pp=2,cut=1*", "layout: cut='1*' must be whole numbers"),
+        ("pp=2,cut=1*0", "layout: cut='1*0' must be whole numbers"),
+        ("pp=2,cut=1*2*1", "layout: cut='1*2*1' must be whole numbers"),
         ("tp=0", "layout: tp must be 1 to 1048576, not 0"),
         ("dp=99999999", "layout: dp must be 1 to 1048576, not 99999999"),
         ("zero=4", "layout: zero must be 0, 1, 2 or 3, not 4"),

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "probe": ("probe", "Measure the devices and links of this cluster."),
     "bench": ("bench", "Run layouts for real and hold predictions against them."),
     "lab": ("lab", "Run a command on slow-linked nodes made on this machine."),
+    "rehearse": ("rehearse", "Rehearse a plan's step on this machine, with waits in place of compute."),
     "schedule": ("schedule", "Show a pipeline schedule, its bubble and its memory."),
 }
 

@@ -26,9 +26,8 @@ from triaxial.files import write_atomically
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.search.explain import why_not
 from triaxial.plan.search.plan import OBJECTIVES, TrainingPlan, plan_training
-from triaxial.plan.serving.asked import demand_for, serving_work, with_price
+from triaxial.plan.serving.demand import Objective, demand_for, serving_work, with_price
 from triaxial.plan.serving.engine import SERVERS
-from triaxial.plan.serving.option import Objective
 from triaxial.plan.serving.plan import plan_serving
 from triaxial.plan.workload import Training
 from triaxial.report.frontier import frontier_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -36,6 +37,47 @@ class AttentionTiming(_Frozen):
     backward_s: PositiveFloat
 
 
+class ProductTiming(_Frozen):
+    """Products of so many rows with weights that come from memory: a line over the elements of the weight."""
+
+    rows: PositiveInt
+    call_s: NonNegativeFloat
+    weights_per_s: PositiveFloat
+
+
+class EngineRates(_Frozen):
+    """What a rank of Triaxial's own engine does in one precision."""
+
+    products: tuple[ProductTiming, ...] = Field(min_length=1)
+    """By rows, ascending."""
+    attention_flop_per_s: PositiveFloat
+    """Of a prompt's attention."""
+    kv_bytes_per_s: PositiveFloat
+    """Of keys and values that decoding reads."""
+    pass_launch_s: NonNegativeFloat
+    pass_bytes_per_s: PositiveFloat
+
+
+class EngineTimings(_Frozen):
+    """What a step of Triaxial's own engine takes."""
+
+    rates: dict[str, EngineRates]
+    """By precision."""
+    stage_s: NonNegativeFloat = 0.0
+    """Seconds of every pipeline stage beside its blocks."""
+    step_s: NonNegativeFloat = 0.0
+    """Seconds of the host once a step; the next for each sequence in it."""
+    sequence_s: NonNegativeFloat = 0.0
+
+    def rates_in(self, precision: str) -> EngineRates:
+        """Rates in a precision.
+
+        Raises:
+            BadInput: it was not probed.
+        """
+        return _in(self.rates, precision)
+
+
 class DeviceTimings(_Frozen):
     """Points of one device, per precision, with all devices of its node at work."""
 
@@ -47,10 +89,14 @@ class DeviceTimings(_Frozen):
     """Seconds of each of these passes however little it moves."""
     step_s: NonNegativeFloat
     """Seconds of a training step outside the model."""
+    token_s: NonNegativeFloat = 0.0
+    """Seconds to read a training token from its memory map."""
     reserve_bytes: NonNegativeFloat
     """What a process holds before its first tensor."""
     ranks_per_processor: PositiveFloat = 1.0
     """Devices that stand on one processor and share it: what one leaves idle, another uses."""
+    engine: EngineTimings | None = None
+    """Of Triaxial's own engine, which runs operations of its own."""
 
     def gemm_in(self, precision: str) -> tuple[GemmTiming, ...]:
         """Matrix products in a precision.
@@ -58,7 +104,15 @@ class DeviceTimings(_Frozen):
         Raises:
             BadInput: it was not probed.
         """
-        return self._in(self.gemm, precision)
+        return _in(self.gemm, precision)
+
+    def passes_in(self, precision: str) -> tuple[float, float]:
+        """Seconds of a memory-bound pass and its bytes per second, in a precision.
+
+        Raises:
+            BadInput: it was not probed.
+        """
+        return _in(self.pass_launch_s, precision), _in(self.pass_bytes_per_s, precision)
 
     def attention_in(self, precision: str) -> tuple[AttentionTiming, ...]:
         """Attention in a precision.
@@ -66,12 +120,13 @@ class DeviceTimings(_Frozen):
         Raises:
             BadInput: it was not probed.
         """
-        return self._in(self.attention, precision)
+        return _in(self.attention, precision)
 
-    def _in(self, points: dict[str, tuple[T, ...]], precision: str) -> tuple[T, ...]:
-        if precision not in points:
-            raise BadInput(f"the cluster was not probed in {precision}, only in {', '.join(points)}")
-        return points[precision]
+
+def _in(points: Mapping[str, T], precision: str) -> T:
+    if precision not in points:
+        raise BadInput(f"the cluster was not probed in {precision}, only in {', '.join(points)}")
+    return points[precision]
 
 
 class CollectiveTimings(_Frozen):

@@ -1,4 +1,4 @@
-"""A run held against its prediction: the step, its three terms, and memory."""
+"""A run held against its prediction: the step, its terms, and memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ TERMS = {
     "computation": ("compute", "exposed_tp", "exposed_cp", "exposed_ep"),
     "pipeline": ("bubble", "exposed_pp"),
     "reduction and update": ("exposed_dp", "optimizer"),
+    "data loading": ("data",),
 }
 """What can be told apart in a run, and the parts of an estimate that it is made of: the actions of the busiest
-pipeline rank with the collectives inside them, its waiting and transfers, and everything after the schedule."""
+pipeline rank with the collectives inside them, its waiting and transfers, everything after the schedule, and what
+the step waits for its tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ class Comparison:
 
     predicted: Estimate
     measured: Measured
+
+    @property
+    def predicted_s(self) -> float:
+        return self.predicted.step_time_s
+
+    @property
+    def measured_s(self) -> float:
+        return self.measured.step_time_s
 
     @property
     def error(self) -> float:
@@ -109,7 +119,8 @@ def read_measured(out: Path) -> Measured:
         raise BadInput(f"{out} has no step in its metrics.jsonl")
     step_s = median(record["step_time_s"] for record in warm)
     busy_s = max(timeline.busy_s)
-    terms = (busy_s, timeline.step_time_s - busy_s, max(0.0, step_s - timeline.step_time_s))
+    data_s = median(record["data_s"] for record in warm)
+    terms = (busy_s, timeline.step_time_s - busy_s, max(0.0, step_s - timeline.step_time_s - data_s), data_s)
     return Measured(
         step_time_s=step_s,
         memory_gib=max(record["peak_memory_bytes"] for record in warm) / _GIB,

@@ -46,7 +46,7 @@ class Lab:
         self.nodes, self.ranks_per_node = nodes, ranks_per_node
         self.between_bytes_per_s = between_bytes_per_s
         self._open = ExitStack()
-        self._namespaces: list[_Namespace] = []
+        self._namespaces: list[Namespace] = []
 
     def __enter__(self) -> Lab:
         """Build the cluster.
@@ -56,8 +56,8 @@ class Lab:
         """
         require_namespaces()
         with ExitStack() as building:
-            switch = building.enter_context(_Namespace())
-            self._namespaces = [building.enter_context(_Namespace()) for _ in range(self.nodes)]
+            switch = building.enter_context(Namespace())
+            self._namespaces = [building.enter_context(Namespace()) for _ in range(self.nodes)]
             switch.run("ip", "link", "add", "switch", "type", "bridge")
             switch.run("ip", "link", "set", "switch", "up")
             for index, node in enumerate(self._namespaces):
@@ -71,7 +71,7 @@ class Lab:
     ) -> None:
         self._open.close()
 
-    def _join(self, switch: _Namespace, node: _Namespace, index: int) -> None:
+    def _join(self, switch: Namespace, node: Namespace, index: int) -> None:
         port = f"node{index}"
         switch.run("ip", "link", "add", port, "type", "veth", "peer", "name", _LINK, "netns", str(node.pid))
         switch.run("ip", "link", "set", port, "master", "switch", "up")
@@ -174,10 +174,10 @@ def _finish(launchers: list[subprocess.Popen[str]], timeout_s: float | None) -> 
     return "".join(out or "" for out, _ in said.values())
 
 
-class _Namespace:
+class Namespace:
     """A network namespace that lives as long as its process, which ends when this one does."""
 
-    def __enter__(self) -> _Namespace:
+    def __enter__(self) -> Namespace:
         self._keeper = subprocess.Popen(
             ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -202,9 +202,15 @@ class _Namespace:
     @property
     def enter(self) -> list[str]:
         """What to write before a command to run it inside."""
-        return ["nsenter", f"--net=/proc/{self.pid}/ns/net"]
+        return ["nsenter", f"--net={self.path}"]
 
-    def run(self, *command: str) -> None:
-        done = subprocess.run([*self.enter, *command], capture_output=True, text=True)
+    @property
+    def path(self) -> str:
+        """The namespace as a file."""
+        return f"/proc/{self.pid}/ns/net"
+
+    def run(self, *command: str, given: str = "") -> None:
+        """Run a command inside, with `given` as its input."""
+        done = subprocess.run([*self.enter, *command], input=given, capture_output=True, text=True)
         if done.returncode:
             raise BadInput(f"this machine cannot build the lab: {' '.join(command)}: {done.stderr.strip()}")

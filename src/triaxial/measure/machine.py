@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from triaxial import BadInput
-from triaxial.cluster.catalog import find_device
+from triaxial.cluster.catalog import find_device, node_for
 from triaxial.cluster.hardware import Device, LinkKind, Tier
 from triaxial.cluster.timings import DeviceTimings
 
@@ -20,11 +20,12 @@ _UNKNOWN_RATE = 1.0
 
 
 def describe_device(
-    device: torch.device, timings: DeviceTimings, stream_bytes_per_s: float, launch_s: float, per_node: int
+    device: torch.device, timings: DeviceTimings, stream_bytes_per_s: float, launch_s: float, per_machine: int
 ) -> Device:
-    """A device with its measured points; peaks of a CPU are the fastest product that was measured."""
+    """A device with its measured points, one of `per_machine` on one machine; peaks of a CPU are the fastest product
+    that was measured."""
     versions = f"torch {torch.__version__}, Linux {platform.release()}"
-    source = f"triaxial probe, {date.today():%Y-%m-%d}: {versions}, {per_node} ranks on {os.cpu_count()} cores"
+    source = f"triaxial probe, {date.today():%Y-%m-%d}: {versions}, {per_machine} ranks on {os.cpu_count()} cores"
     measured = {"timings": timings, "launch_s": launch_s, "memory_efficiency": 1.0, "gemm_efficiency": 1.0}
     measured |= {"memory_bandwidth_bytes_per_s": stream_bytes_per_s, "source": source}
     if device.type == "cuda":
@@ -37,7 +38,7 @@ def describe_device(
         name=_cpu_name(),
         generation="cpu",
         peak_flop_per_s=fastest,
-        memory_bytes=psutil.virtual_memory().total / per_node,
+        memory_bytes=psutil.virtual_memory().total / per_machine,
         sm_count=1,
         **measured,
     )
@@ -57,6 +58,12 @@ def _cpu_name() -> str:
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def inside_bytes_per_s(device: torch.device, per_node: int) -> float:
+    """Published rate of a GPU's links to those of its node, in one direction."""
+    node = node_for(_catalogued(torch.cuda.get_device_name(device)), per_node)
+    return node.tiers[0].bandwidth_bytes_per_s
 
 
 def tiers_of(device: torch.device, nodes: int, per_node: int) -> tuple[Tier, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -15,18 +16,20 @@ import torch.distributed as dist
 from triaxial import BadInput
 from triaxial.cluster.spec import Cluster
 from triaxial.measure.fit import LinkFit, fit_tier
-from triaxial.measure.machine import describe_device, tiers_of
+from triaxial.measure.links import MeasuredLink, network_bytes_per_s, slow_links
+from triaxial.measure.machine import describe_device, inside_bytes_per_s, tiers_of
 from triaxial.measure.probe_compute import device_timings, reference_seconds
+from triaxial.measure.probe_engine import engine_timings
 from triaxial.measure.probe_links import LinkTimings, link_timings, neighbour_rates
 from triaxial.measure.stopwatch import Stopwatch
-from triaxial.parallel.host import host_identity
+from triaxial.parallel.host import host_identity, machine_identity
 from triaxial.parallel.mesh import Axis
 from triaxial.plan.workload import Precision
 
 _BUDGET_S = 0.02
 """That every piece of work is repeated for."""
-_SLOW_RANK, _SLOW_LINK = 0.9, 0.7
-"""Share of the median rate below which a rank, or a link between nodes, is named."""
+_SLOW_RANK = 0.9
+"""Share of the median rate below which a rank is named."""
 
 T = TypeVar("T")
 Tell = Callable[[str], None]
@@ -56,19 +59,22 @@ def probe(rank: int, device: torch.device, precisions: tuple[Precision, ...], te
     """
     world = Axis("world", tuple(range(dist.get_world_size())), rank, dist.group.WORLD)
     nodes = _nodes(world.size)
-    shared = device.type == "cpu" and len(nodes[0]) > (os.cpu_count() or 1)
+    per_machine = max(Counter(_from_all(world.size, machine_identity())).values())
+    shared = device.type == "cpu" and per_machine > (os.cpu_count() or 1)
     watch = Stopwatch(world, device, _BUDGET_S, shared=shared)
-    timings, stream, launch = device_timings(watch, precisions, len(nodes[0]), tell)
+    timings, stream, launch = device_timings(watch, precisions, per_machine, tell)
+    timings = timings.model_copy(update={"engine": engine_timings(watch, precisions, tell)})
     skeleton = Cluster(
         name="probed",
         gpus_per_node=len(nodes[0]),
-        device=describe_device(device, timings, stream, launch, len(nodes[0])),
+        device=describe_device(device, timings, stream, launch, per_machine),
         tiers=tiers_of(device, len(nodes), len(nodes[0])),
     )
     links = list(_told(link_timings(watch, skeleton, rank), tell))
     together = [link.timings for link in links if not link.alone]
     fits = tuple(fit for index in range(len(skeleton.tiers)) if (fit := fit_tier(skeleton, index, together)))
-    outliers = (*_slow_ranks(watch), *_slow_links(neighbour_rates(watch, nodes)))
+    tell("outliers")
+    outliers = (*slow_ranks(watch.each(reference_seconds(watch))), *slow_links(_measured_links(watch, nodes)))
     return Probe(_fitted(skeleton, fits, links), fits, _contention(links), outliers)
 
 
@@ -80,12 +86,18 @@ def _told(links: Iterator[LinkTimings], tell: Tell) -> Iterator[LinkTimings]:
 
 def _nodes(world: int) -> list[list[int]]:
     """Ranks by host, in order."""
-    identities = [""] * world
-    dist.all_gather_object(identities, host_identity())
+    identities = _from_all(world, host_identity())
     nodes = [[rank for rank in range(world) if identities[rank] == host] for host in dict.fromkeys(identities)]
     if len({len(ranks) for ranks in nodes}) > 1 or [*chain.from_iterable(nodes)] != [*range(world)]:
         raise BadInput("start the probe with as many ranks on every node, numbered node by node")
     return nodes
+
+
+def _from_all(world: int, mine: T) -> list[T]:
+    """Every rank's own word, by rank."""
+    words = [mine] * world
+    dist.all_gather_object(words, mine)
+    return words
 
 
 def _fitted(skeleton: Cluster, fits: tuple[LinkFit, ...], links: list[LinkTimings]) -> Cluster:
@@ -113,23 +125,29 @@ def _contention(links: list[LinkTimings]) -> dict[str, float]:
     return {f"{axis}={size}": together[axis, size] / seconds for (axis, size), seconds in alone.items()}
 
 
-def _slow_ranks(watch: Stopwatch) -> list[str]:
-    took = watch.each(reference_seconds(watch))
+def _measured_links(watch: Stopwatch, nodes: list[list[int]]) -> list[MeasuredLink]:
+    """From node to node, by nodes; and from GPU to GPU inside them, by ranks."""
+    cuda = watch.device.type == "cuda"
+    nominal = _from_all(watch.world.size, network_bytes_per_s(infiniband=cuda))
+    found = []
+    for (source, target), rate in neighbour_rates(watch, [ranks[0] for ranks in nodes]).items():
+        ends = [said for node in (source, target) if (said := nominal[nodes[node][0]])]
+        found.append(MeasuredLink(f"node{source}-node{target}", rate, min(ends, default=None)))
+    if cuda:
+        inside = inside_bytes_per_s(watch.device, len(nodes[0]))
+        for ranks in nodes:
+            found += [
+                MeasuredLink(f"rank{ranks[source]}-rank{ranks[target]}", rate, inside)
+                for (source, target), rate in neighbour_rates(watch, ranks).items()
+            ]
+    return found
+
+
+def slow_ranks(took: Sequence[float]) -> list[str]:
+    """A sentence on every rank that needs clearly more than the median of the same product's seconds, by rank."""
     usual = statistics.median(took)
     return [
-        f"rank {rank} is {seconds / usual - 1:.0%} slower at matrix products than the median"
+        f"rank {rank} is {seconds / usual - 1:.0%} slower at GEMM than the median"
         for rank, seconds in enumerate(took)
         if usual / seconds < _SLOW_RANK
-    ]
-
-
-def _slow_links(rates: dict[tuple[int, int], float]) -> list[str]:
-    """Named against the other links: a single one has nothing to be compared with."""
-    if len(rates) < 3:
-        return []
-    usual = statistics.median(rates.values())
-    return [
-        f"link node{source}-node{target} gives {rate / usual:.0%} of the median link's rate"
-        for (source, target), rate in rates.items()
-        if rate / usual < _SLOW_LINK
     ]

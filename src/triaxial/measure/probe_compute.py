@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +28,10 @@ from triaxial.plan.cost.practice import OURS
 from triaxial.plan.cost.timed import timed_attention_seconds, timed_gemm_seconds
 from triaxial.plan.layout import Layout
 from triaxial.plan.workload import Precision, Training
+from triaxial.train.corpus import build_corpus
 from triaxial.train.optimizer import Hyperparameters, Optimizer
 from triaxial.train.step import peak_memory_bytes, training_step
+from triaxial.train.tokenizer import ByteTokenizer
 
 TOKENS = (1, 8, 64, 256, 1024)
 WIDTHS = (
@@ -102,7 +106,7 @@ def attention_timings(watch: Stopwatch, dtype: torch.dtype) -> Iterator[Attentio
 
 
 def device_timings(
-    watch: Stopwatch, precisions: Sequence[Precision], per_node: int, tell: Callable[[str], None]
+    watch: Stopwatch, precisions: Sequence[Precision], per_machine: int, tell: Callable[[str], None]
 ) -> tuple[DeviceTimings, float, float]:
     """Every point of a device, its stream rate in bytes per second, and the seconds of its smallest operation."""
     step_s = step_seconds(watch)
@@ -122,8 +126,9 @@ def device_timings(
         pass_bytes_per_s={precision: rate for precision, (_, rate) in passes.items()},
         pass_launch_s={precision: launch for precision, (launch, _) in passes.items()},
         step_s=step_s,
+        token_s=token_seconds(watch),
         reserve_bytes=reserve,
-        ranks_per_processor=max(1.0, per_node / (os.cpu_count() or 1)) if watch.device.type == "cpu" else 1.0,
+        ranks_per_processor=max(1.0, per_machine / (os.cpu_count() or 1)) if watch.device.type == "cpu" else 1.0,
     )
     return timings, stream_bytes_per_s(watch), launch_seconds(watch)
 
@@ -132,6 +137,17 @@ def reference_seconds(watch: Stopwatch) -> float:
     """This rank's own seconds of one large product."""
     x = torch.randn(1024, 1024, device=watch.device)
     return watch.own_seconds(lambda: x @ x)
+
+
+def token_seconds(watch: Stopwatch) -> float:
+    """Seconds to read one token of a batch from the memory map of a corpus."""
+    samples, seq_len = 16, 256
+    with tempfile.TemporaryDirectory(prefix="triaxial-") as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text("0123456789abcdef" * (seq_len * samples), encoding="utf-8")
+        corpus = build_corpus(text, ByteTokenizer(), Path(folder))
+        indices = np.random.default_rng(0).permutation(len(corpus.split(seq_len)[0]))[:samples]
+        return watch.seconds(lambda: corpus.batch(indices, seq_len)) / (samples * seq_len)
 
 
 def stream_bytes_per_s(watch: Stopwatch) -> float:
@@ -211,8 +227,8 @@ def _phases(
     program, batch = _single(model, micro_batch, seq_len, precision, watch.device)
     took: list[list[float]] = []
     watch.seconds(lambda: took.append([span.end_s - span.begin_s for span in program.run(batch)]))
-    forward, backward = np.median(np.array(took[1:]), axis=0)
-    return float(forward), float(backward)
+    forward, backward = (watch.typical(list(phase)) for phase in zip(*took[1:]))
+    return forward, backward
 
 
 def step_seconds(watch: Stopwatch) -> float:
@@ -226,7 +242,7 @@ def step_seconds(watch: Stopwatch) -> float:
         busy.append(sum(span.end_s - span.begin_s for span in spans))
 
     whole = watch.seconds(step)
-    return max(0.0, whole - float(np.median(busy)))
+    return max(0.0, whole - watch.typical(busy))
 
 
 def _single(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,12 +21,14 @@ from triaxial.plan.cost.collectives import group_of
 from triaxial.plan.layout import Layout
 from triaxial.plan.pipeline.schedule import build_schedule
 
-SIZES = tuple(4096 << step for step in range(0, 14, 2))
-"""Bytes: 4 KiB to 16 MiB."""
+SIZES = (*(4096 << step for step in range(9)), 4 << 20, 16 << 20)
+"""Bytes: 4 KiB to 16 MiB, denser where latency turns into bandwidth."""
 _TOO_LONG_S = 0.4
 """A message that takes longer is the last size of its kind."""
 _ELEMENT = 4
-_PAIR_BYTES = 1 << 20
+_PAIR_BYTES = (1 << 20, 32 << 20)
+_LONG_ENOUGH_S = 0.005
+"""For a message to show its link's rate rather than its latency."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,24 @@ def _record(
     return LinkTimings(axis, ranks[axis], alone, timings)
 
 
-def neighbour_rates(watch: Stopwatch, nodes: list[list[int]]) -> dict[tuple[int, int], float]:
-    """Bytes per second from every node to the next one, by the nodes' first ranks, one pair after another."""
-    x = torch.zeros(_PAIR_BYTES // _ELEMENT, device=watch.device)
-    pairs = [(node, (node + 1) % len(nodes)) for node in range(len(nodes))] if len(nodes) > 1 else []
-    rank, rates = watch.world.index, {}
-    for source, target in pairs:
+def neighbour_rates(watch: Stopwatch, ranks: Sequence[int]) -> dict[tuple[int, int], float]:
+    """Bytes per second from each of these ranks to the next, by their places, one pair after another."""
+    places = [(place, (place + 1) % len(ranks)) for place in range(len(ranks))] if len(ranks) > 1 else []
+    return {(a, b): _rate(watch, ranks[a], ranks[b]) for a, b in places}
+
+
+def _rate(watch: Stopwatch, source: int, target: int) -> float:
+    """Of a message that is long enough for the link, if that does not take too long."""
+    rate = 0.0
+    for num_bytes in _PAIR_BYTES:
+        x = torch.zeros(num_bytes // _ELEMENT, device=watch.device)
         work: Callable[[], object] = _nothing
-        if rank == nodes[source][0]:
-            work = partial(dist.send, x, nodes[target][0])
-        elif rank == nodes[target][0]:
-            work = partial(dist.recv, x, nodes[source][0])
-        rates[source, target] = _PAIR_BYTES / watch.slowest(work)
-    return rates
+        if watch.world.index == source:
+            work = partial(dist.send, x, target)
+        elif watch.world.index == target:
+            work = partial(dist.recv, x, source)
+        seconds = watch.slowest(work)
+        rate = num_bytes / seconds
+        if seconds > _LONG_ENOUGH_S:
+            break
+    return rate

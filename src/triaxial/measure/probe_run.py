@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from triaxial.cluster.spec import load_cluster, to_toml
-from triaxial.files import write_atomically
+from triaxial.files import require_writable, write_atomically
 from triaxial.measure.probe import Probe, Tell, probe
 from triaxial.measure.ranks import Node, run_ranks
 from triaxial.plan.workload import Precision
@@ -26,8 +26,9 @@ def run_probe(ranks: int | None, precisions: Sequence[Precision], out: Path, as_
     """Measure and write `out`; None where another process has the answer.
 
     Raises:
-        BadInput, NoAnswer: what a rank said.
+        BadInput, NoAnswer: `out` cannot be written, or what a rank said.
     """
+    require_writable(out)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _as_one_rank(precisions, out)
     arguments = ["probe", "--out", str(out), *(word for p in precisions for word in ("--precision", p))]

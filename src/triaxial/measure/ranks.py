@@ -11,11 +11,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from triaxial import BadInput, NoAnswer
+from triaxial import BadInput, Ended, NoAnswer
+
+_SHUTDOWN_S = 5
+"""That ranks have to end when they are asked to, before they are killed."""
 
 
 class Node(BaseModel):
@@ -38,13 +42,15 @@ def run_ranks(node: Node, arguments: Sequence[str]) -> None:
     """Run `triaxial ARGUMENTS` as this node's ranks and wait for them.
 
     Raises:
-        BadInput, NoAnswer: a rank failed, with what it said; rank 0 has said it itself.
+        BadInput, NoAnswer: a rank failed, with what it said; rank 0 has said it itself. Or a signal ended it all.
     """
     with tempfile.TemporaryDirectory(prefix="triaxial-") as folder, _quiet():
         try:
             elastic_launch(_config(node, folder), sys.executable)("-m", "triaxial", *arguments)
         except ChildFailedError as error:
             raise _failure(node, error, Path(folder)) from None
+        except SignalException as error:
+            raise Ended(f"ended by {error.sigval.name}") from None
         except RendezvousError:
             raise NoAnswer("the launcher of the first node is gone") from None
 
@@ -71,6 +77,8 @@ def _config(node: Node, folder: str) -> LaunchConfig:
         local_addr=node.address,
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C stays Python's: its ranks then end by SIGTERM
+        shutdown_timeout=_SHUTDOWN_S,
         logs_specs=DefaultLogsSpecs(
             log_dir=folder, redirects={rank: Std.ALL for rank in range(node.ranks) if rank or not node.speaks}
         ),

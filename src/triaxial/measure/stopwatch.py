@@ -12,6 +12,9 @@ from triaxial.parallel.mesh import Axis
 
 Work = Callable[[], object]
 
+_WINDOWS = 2
+"""Budgets that ranks on shared processors work for, many turns each."""
+
 
 class Stopwatch:
     """Times work that every rank of the world starts together.
@@ -23,12 +26,23 @@ class Stopwatch:
 
     def __init__(self, world: Axis, device: torch.device, budget_s: float, *, shared: bool = False) -> None:
         """`shared`: ranks take turns on their processors, so that a median would leave the waiting out."""
-        self.world, self.device, self.budget_s = world, device, budget_s
-        self._typical = statistics.fmean if shared else statistics.median
+        self.world, self.device, self.budget_s, self._shared = world, device, budget_s, shared
+        self.typical: Callable[[list[float]], float] = statistics.fmean if shared else statistics.median
 
     def seconds(self, work: Work) -> float:
         """Seconds of one repetition, averaged over the ranks."""
-        return self._sum(self.own_seconds(work)) / self.world.size
+        own_seconds = self._seconds_in_window if self._shared else self.own_seconds
+        return self._sum(own_seconds(work)) / self.world.size
+
+    def _seconds_in_window(self, work: Work) -> float:
+        """Mean seconds of a repetition in a time that all ranks fill: one that is done early would free a processor."""
+        work()
+        self.barrier()
+        began, repeats, passed = time.perf_counter(), 0, 0.0
+        while passed < _WINDOWS * self.budget_s or repeats < self._LEAST:
+            work()
+            repeats, passed = repeats + 1, time.perf_counter() - began
+        return passed / repeats
 
     def slowest(self, work: Work) -> float:
         """Seconds of one repetition on the rank that takes longest."""
@@ -39,7 +53,7 @@ class Stopwatch:
         first = max(self.each(self._timed(work)))
         repeats = int(min(self._MOST, max(self._LEAST, self.budget_s / max(first, 1e-7))))
         self.barrier()
-        return self._typical([self._timed(work) for _ in range(repeats)])
+        return self.typical([self._timed(work) for _ in range(repeats)])
 
     def each(self, seconds: float) -> list[float]:
         """Every rank's own number, by rank."""

@@ -23,13 +23,18 @@ _DEFAULT_TIMEOUT = timedelta(minutes=30)
 _WATCH_S = 100e-6
 
 
+def machine_identity() -> str:
+    """Equal on two ranks exactly if one running kernel shares its processors out to them."""
+    boot = Path("/proc/sys/kernel/random/boot_id")  # Linux
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
 def host_identity() -> str:
-    """Equal on two ranks exactly if they can share memory: same running kernel and network namespace."""
+    """Equal on two ranks exactly if they can share memory: same machine and network namespace."""
     try:
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{kernel}/{os.stat('/proc/self/ns/net').st_ino}"
+        return f"{machine_identity()}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:  # not Linux: no rank shares memory with another
-        return f"{socket.gethostname()}/{os.getpid()}"
+        return f"{machine_identity()}/{os.getpid()}"
 
 
 class Peers:

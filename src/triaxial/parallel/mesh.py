@@ -53,8 +53,10 @@ class Axis:
     group: dist.ProcessGroup | None = None
     timeout: timedelta | None = None
     """How long a rank waits for another; None is the backend's default."""
+    one_host: bool = False
+    """Whether all ranks are processes of one host."""
     shared: SharedMemory | None = None
-    """Where all ranks are processes of one host: collectives go through it instead of the backend."""
+    """Where they are, without GPUs: collectives go through it instead of the backend."""
     traffic: Counter[str] = field(default_factory=Counter)
     """Bytes this rank put into each kind of collective, as the planner counts them."""
     _in_flight: Pending | None = None
@@ -96,7 +98,7 @@ class Axis:
             return self._through_memory("all_reduce", self.shared.all_reduce(x, combine), x)
         with self.naming("all_reduce"):
             work = dist.all_reduce(x, op=operation, group=self.group, async_op=True)
-        return self._through_backend("all_reduce", work, lambda: x)
+        return self._through_backend("all_reduce", [work], lambda: x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate every rank's `x` along dimension 0: [n, ...] -> [size * n, ...]."""
@@ -113,7 +115,7 @@ class Axis:
             return self._through_memory("all_gather", self.shared.all_gather(x, gathered), gathered)
         with self.naming("all_gather"):
             work = _all_gather(gathered, x, group=self.group, async_op=True)
-        return self._through_backend("all_gather", work, lambda: gathered)
+        return self._through_backend("all_gather", [work], lambda: gathered)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum `x` over the axis and keep this rank's part of dimension 0: [size * n, ...] -> [n, ...]."""
@@ -132,18 +134,32 @@ class Axis:
             if x.is_cuda:
                 part = x.new_empty(shape)
                 work = _reduce_scatter(part, x, group=self.group, async_op=True)
-                return self._through_backend("reduce_scatter", work, lambda: part)
-            # Gloo's reduce-scatter moves whole buffers; an all-to-all moves only what is needed.
-            parts = torch.empty_like(x)
-            work = dist.all_to_all_single(parts, x, group=self.group, async_op=True)
-        return self._through_backend("reduce_scatter", work, lambda: parts.view(self.size, *shape).sum(0))
+                return self._through_backend("reduce_scatter", [work], lambda: part)
+            parts = x.view(self.size, -1)
+            received = torch.empty_like(parts)
+            received[self.index].copy_(parts[self.index])
+            works = self._exchange(parts, received)
+        return self._through_backend("reduce_scatter", works, lambda: received.sum(0).view(shape))
+
+    def _exchange(self, parts: Tensor, received: Tensor) -> list[dist.Work]:
+        """Give each peer its row of `parts`, and take its row of `received` from each.
+
+        Gloo's reduce-scatter moves whole buffers, and its all-to-all sends before it is ready to receive: word that it
+        is then follows behind what it has sent on the same connection, and the two directions take turns.
+        """
+        group = self.group
+        assert group is not None
+        peers = [peer for peer in range(self.size) if peer != self.index]
+        incoming = [group.recv([received[peer]], peer, 0) for peer in peers]
+        return incoming + [group.send([parts[peer]], peer, 0) for peer in peers]
 
     def _done(self, result: Tensor) -> Pending:
         return Pending(self, "", lambda: result)
 
-    def _through_backend(self, operation: str, work: dist.Work, result: Callable[[], Tensor]) -> Pending:
+    def _through_backend(self, operation: str, works: list[dist.Work], result: Callable[[], Tensor]) -> Pending:
         def finish() -> Tensor:
-            work.wait()
+            for work in works:
+                work.wait()
             return result()
 
         return Pending(self, operation, finish)
@@ -232,12 +248,12 @@ def build_mesh(
 
 def _open_axis(name: str, ranks: list[int], rank: int, device: torch.device, timeout: timedelta | None) -> Axis:
     if len(ranks) == 1:
-        return Axis(name, (rank,), 0)
+        return Axis(name, (rank,), 0, one_host=True)
     group = open_group(ranks, rank, timeout)
     if rank not in ranks:  # a pipeline rank between the two ends
         return Axis(name, (rank,), 0)
-    axis = Axis(name, tuple(ranks), ranks.index(rank), group, timeout)
-    if device.type == "cpu" and _on_one_host(group, len(ranks)):
+    axis = Axis(name, tuple(ranks), ranks.index(rank), group, timeout, _on_one_host(group, len(ranks)))
+    if device.type == "cpu" and axis.one_host:
         axis.shared = SharedMemory(group, axis.ranks, axis.index, timeout)
     return axis
 

@@ -123,6 +123,7 @@ def build_program(
         message_shape=(tokens, spec.hidden),
         dtype=precision.compute,
         device=device,
+        holders=None if layout.sp else mesh.tp,
     )
     tied_elsewhere = spec.tied_embeddings and schedule.placement[0] != schedule.placement[-1]
     tied = builder.embedding if tied_elsewhere else None

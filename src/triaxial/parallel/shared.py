@@ -7,8 +7,11 @@ message before, so nobody overwrites what is still being read. Long messages go 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,8 @@ from triaxial.parallel.host import Peers
 _SLOT_BYTES = 4 << 20
 _ONE_SHOT_BYTES = 64 << 10
 """Up to here every rank of more than two reads all of every peer's message; beyond, each combines its own part."""
+_SHAPES = 256
+"""Of messages, whose slots are kept as tensors: making them takes longer than a short message."""
 
 Combine = Callable[[Tensor, Tensor], object]
 """Adds, or otherwise joins, the second tensor into the first."""
@@ -40,6 +45,7 @@ class SharedMemory:
             torch.frombuffer(theirs.get(place, mine), dtype=torch.uint8).view(2, _SLOT_BYTES)
             for place in range(self._size)
         ]
+        self._slots = lru_cache(_SHAPES)(self._open_slots)
 
     def all_reduce(self, x: Tensor, combine: Combine) -> Iterator[None]:
         """Combine x of every rank, in place and in rank order, so that every rank gets the same bits."""
@@ -52,9 +58,12 @@ class SharedMemory:
         for part in flat.split(_SLOT_BYTES // x.element_size()):
             self._write(part)
             yield
-            first, *others = self._read(part)
-            part.copy_(first)
-            for other in others:
+            messages = self._read(part)
+            if self._size == 2:  # either order gives the same bits
+                combine(part, messages[1 - self._index])
+                continue
+            part.copy_(messages[0])
+            for other in messages[1:]:
                 combine(part, other)
 
     def all_gather(self, x: Tensor, out: Tensor) -> Iterator[None]:
@@ -81,10 +90,10 @@ class SharedMemory:
 
     def _write(self, message: Tensor) -> None:
         """Put a message into this rank's current slot and tell the peers."""
-        self._slot(self._index, message).copy_(message)
+        self._slots(self._messages % 2, message.shape, message.dtype)[self._index].copy_(message)
         for peer, connection in self._peers.sockets.items():
             with self._peers.naming(peer):
-                connection.send(b"\0")
+                os.write(connection.fileno(), b"\0")  # `send` would ask first whether it may
 
     def _read(self, like: Tensor) -> list[Tensor]:
         """Every rank's message of the same shape as this rank's; they are gone with the next message but one.
@@ -96,11 +105,12 @@ class SharedMemory:
             with self._peers.naming(peer):
                 if not (self._peers.soon(connection) or connection.recv(1)):
                     raise ConnectionResetError
-        slots = [self._slot(rank, like) for rank in range(self._size)]
+        slots = self._slots(self._messages % 2, like.shape, like.dtype)
         self._messages += 1
         return slots
 
-    def _slot(self, rank: int, like: Tensor) -> Tensor:
-        """The current slot of a rank as a tensor of the same shape and type as `like`."""
-        size = like.numel() * like.element_size()
-        return self._segments[rank][self._messages % 2, :size].view(like.dtype).view(like.shape)
+    def _open_slots(self, turn: int, shape: torch.Size, dtype: torch.dtype) -> list[Tensor]:
+        """Every rank's slot of this turn (0 or 1) as a tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        with torch.inference_mode(False):  # they outlive it
+            return [segment[turn, :size].view(dtype).view(shape) for segment in self._segments]

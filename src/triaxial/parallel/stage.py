@@ -52,6 +52,39 @@ class _Segment:
     output: Tensor | None
 
 
+class StageUnits:
+    """The units of a stage's blocks as passes walk over them: gathered ahead, reduced behind."""
+
+    def __init__(self, blocks: Sequence[Sequence[Unit]]) -> None:
+        self._blocks = blocks
+        self._reducing: Unit | None = None
+
+    def gather(self, place: int, step: int) -> None:
+        """Make a block's parameters whole, and start on the next block's while this one computes."""
+        for unit in self._blocks[place]:
+            unit.gather()
+        if 0 <= place + step < len(self._blocks):
+            for unit in self._blocks[place + step]:
+                unit.start_gather()
+
+    def release(self, place: int) -> None:
+        for unit in self._blocks[place]:
+            unit.release()
+
+    def open_backward(self, place: int) -> None:
+        for unit in self._blocks[place]:
+            unit.open_backward()
+
+    def close_backward(self, place: int, last: bool) -> None:
+        """Start to reduce a block's gradients; sharded gradients keep one whole buffer in flight, no more."""
+        for unit in self._blocks[place]:
+            unit.close_backward(last=last)
+            if unit.zero >= 2:
+                if self._reducing is not None:
+                    self._reducing.finish_reduce()
+                self._reducing = unit
+
+
 class Stage:
     """A run of blocks. `losses` collects the summed loss of each micro-batch on the stage that has the head."""
 
@@ -70,7 +103,7 @@ class Stage:
         self._gradients, self._rotation, self._attends, self._recompute = gradients, rotation, attends, recompute
         self._segments: dict[int, list[_Segment]] = {}
         self._postponed: dict[int, list[list[Callable[[], None]]]] = {}
-        self._reducing: Unit | None = None
+        self._units = StageUnits([placed.units for placed in blocks])
 
     def open_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Take the micro-batches that the coming actions are about."""
@@ -83,7 +116,7 @@ class Stage:
         x = batch.ids if x is None else x
         segments = []
         for place, placed in enumerate(self.blocks):
-            self._gather(place, 1)
+            self._units.gather(place, 1)
             keep_graph = train and not self._recompute
             segment = _open_segment(x)
             with torch.set_grad_enabled(keep_graph):
@@ -91,7 +124,7 @@ class Stage:
             segment.output = y if keep_graph else None
             segments.append(segment)
             x = y.detach()
-            _release(placed)
+            self._units.release(place)
         if train:
             self._segments[micro_batch] = segments
         if isinstance(self.blocks[-1].block, Head):
@@ -110,11 +143,11 @@ class Stage:
     @torch.no_grad()  # unlike in a backward pass, autograd would record this
     def backward_weight(self, micro_batch: int, *, last: bool) -> None:
         """The weights' part of a backward pass whose `backward_input` has run."""
-        for placed, works in zip(reversed(self.blocks), self._postponed.pop(micro_batch), strict=True):
-            self._open_backward(placed)
+        for place, works in zip(reversed(range(len(self.blocks))), self._postponed.pop(micro_batch), strict=True):
+            self._units.open_backward(place)
             for work in works:
                 work()
-            self._close_backward(placed, last)
+            self._units.close_backward(place, last)
 
     def _backward(
         self,
@@ -130,8 +163,8 @@ class Stage:
         segments = self._segments.pop(micro_batch)
         for place in reversed(range(len(self.blocks))):
             placed, segment = self.blocks[place], segments.pop()
-            self._gather(place, -1)
-            self._open_backward(placed)
+            self._units.gather(place, -1)
+            self._units.open_backward(place)
             if segment.output is None:
                 segment = _open_segment(segment.input)
                 with torch.enable_grad():
@@ -140,11 +173,11 @@ class Stage:
                 self._gradients.postpone()
             torch.autograd.backward(segment.output, dy)
             if postponed is None:
-                self._close_backward(placed, last)
+                self._units.close_backward(place, last)
             else:
                 postponed.append(self._gradients.take())
             dy = segment.input.grad
-            _release(placed)
+            self._units.release(place)
         return dy
 
     def _run(self, block: Block, x: Tensor, batch: MicroBatch) -> Tensor:
@@ -156,32 +189,6 @@ class Stage:
             case Head():
                 return block.loss(x, batch.labels)
 
-    def _gather(self, place: int, step: int) -> None:
-        """Make a block's parameters whole, and start on the next block's while this one computes."""
-        for unit in self.blocks[place].units:
-            unit.gather()
-        if 0 <= place + step < len(self.blocks):
-            for unit in self.blocks[place + step].units:
-                unit.start_gather()
-
-    def _open_backward(self, placed: Placed) -> None:
-        for unit in placed.units:
-            unit.open_backward()
-
-    def _close_backward(self, placed: Placed, last: bool) -> None:
-        """Start to reduce a block's gradients; sharded gradients keep one whole buffer in flight, no more."""
-        for unit in placed.units:
-            unit.close_backward(last=last)
-            if unit.zero >= 2:
-                if self._reducing is not None:
-                    self._reducing.finish_reduce()
-                self._reducing = unit
-
 
 def _open_segment(x: Tensor) -> _Segment:
     return _Segment(x.detach().requires_grad_(x.is_floating_point()), None)
-
-
-def _release(placed: Placed) -> None:
-    for unit in placed.units:
-        unit.release()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from triaxial.parallel.host import machine_identity
 from triaxial.parallel.mesh import Axis
 from triaxial.plan.pipeline.schedule import Schedule
 from triaxial.plan.pipeline.timeline import Span, Timeline
@@ -55,5 +54,4 @@ def _clock_lead(axis: Axis, device: torch.device) -> float:
 
 def _machine() -> int:
     """A number that the processes of one running machine, and only those, have in common."""
-    boot = Path("/proc/sys/kernel/random/boot_id")  # Linux
-    return zlib.crc32((boot.read_text() if boot.exists() else platform.node()).encode())
+    return zlib.crc32(machine_identity().encode())

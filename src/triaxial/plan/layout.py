@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from itertools import groupby
+from typing import Any, Literal, get_args, get_type_hints
 
 from triaxial import BadInput
 from triaxial.model.spec import ModelSpec
@@ -109,7 +110,8 @@ def _to_text(value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, tuple):
-        return "+".join(str(part) for part in value)
+        runs = [(part, len(list(same))) for part, same in groupby(value)]
+        return "+".join(f"{part}*{times}" if times > 2 else "+".join([str(part)] * times) for part, times in runs)
     return str(value)
 
 
@@ -119,8 +121,17 @@ def parse_layout(text: str) -> Layout:
     Raises:
         BadInput: an unknown or repeated key, a value that is no number, or an impossible combination.
     """
+    return Layout(**parse_fields(text))
+
+
+def parse_fields(text: str) -> dict[str, Any]:
+    """The fields that such a text names, and their values.
+
+    Raises:
+        BadInput: an unknown or repeated key, or a value that is no number.
+    """
     hints = get_type_hints(Layout)
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, raw = (piece.strip() for piece in item.partition("="))
         if not equals or key not in hints:
@@ -128,7 +139,7 @@ def parse_layout(text: str) -> Layout:
         if key in values:
             raise BadInput(f"layout: {key} is given twice")
         values[key] = _from_text(key, raw, hints[key])
-    return Layout(**values)  # type: ignore[arg-type]
+    return values
 
 
 def _from_text(key: str, raw: str, kind: object) -> object:
@@ -138,11 +149,20 @@ def _from_text(key: str, raw: str, kind: object) -> object:
         if kind is int:
             return int(raw)
         if kind == tuple[int, ...]:
-            return tuple(int(part) for part in raw.split("+"))
+            parts = [part.split("*") for part in raw.split("+")]
+            return tuple(int(part) for part, *times in parts for _ in range(_times(times)))
     except (KeyError, ValueError):
-        wanted = {bool: "0 or 1", int: "a whole number"}.get(kind, "whole numbers joined by +")  # type: ignore[call-overload]
+        wanted = {bool: "0 or 1", int: "a whole number"}.get(kind, "whole numbers joined by +, like 3+2*5")  # type: ignore[call-overload]
         raise BadInput(f"layout: {key}={raw!r} must be {wanted}") from None
     return raw
+
+
+def _times(given: list[str]) -> int:
+    """How often a part of a cut comes: `2*5` is five stages of 2 blocks."""
+    times = int(given[0]) if given else 1
+    if len(given) > 1 or not 1 <= times <= MAX_SIZE:
+        raise ValueError
+    return times
 
 
 def micro_batches(layout: Layout, global_batch: int) -> int:

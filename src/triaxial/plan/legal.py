@@ -27,9 +27,10 @@ def check_training_layout(layout: Layout, model: ModelSpec, cluster: Cluster, tr
             f"the interleaved schedule needs a multiple of pp={layout.pp} micro-batches (arXiv 2104.04473), "
             f"not {count}: change mb or dp"
         )
-    if layout.ep > 1 and (model.experts is None or model.experts.count % layout.ep):
-        has = f"the {model.experts.count} experts" if model.experts else "a model without experts"
-        raise BadInput(f"ep={layout.ep} does not divide {has} of {model.name}: use a divisor, or ep=1")
+    if layout.ep > 1 and model.experts is None:
+        raise BadInput(f"{model.name} has no experts to spread over ep={layout.ep}: leave ep out")
+    if model.experts and model.experts.count % layout.ep:
+        raise BadInput(f"ep={layout.ep} does not divide the {model.experts.count} experts of {model.name}")
     if layout.cp > 1 and training.seq_len % (2 * layout.cp):
         raise BadInput(
             f"cp={layout.cp} cuts a sequence into {2 * layout.cp} parts (two a rank, to balance causal attention), "

@@ -18,7 +18,8 @@ def probe_text(found: Probe, out: Path) -> str:
         f"each: {peaks}; {device.memory_bandwidth_bytes_per_s / 1e9:.1f} GB/s of memory",
         *(
             f"{fit.tier}: {seconds_text(fit.latency_s)} a message, {fit.bytes_per_s / 1e9:.3g} GB/s "
-            f"(fit of the all-reduces, median error {fit.median_error:.0%})"
+            f"(fit of the all-reduces, median error {fit.median_error:.0%}; "
+            f"from their neighbours, as predictions read them, {fit.left_out_error:.0%})"
             for fit in found.fits
         ),
         *(f"{axis}: {times:.2f} x as long while all its groups talk" for axis, times in found.contention.items()),

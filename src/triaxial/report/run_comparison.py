@@ -17,7 +17,7 @@ FAR_OFF = 0.2
 
 
 def write_comparison(out: Path, cluster: str) -> str:
-    """Write `comparison.json` into a run's folder and say in one or two sentences how good the prediction was."""
+    """Write `comparison.json` into a run's folder and say in a few sentences how good the prediction was."""
     try:
         comparison = compare_run(out, load_cluster(cluster))
     except BadInput as error:
@@ -27,11 +27,19 @@ def write_comparison(out: Path, cluster: str) -> str:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """`a step took 0.5 s, predicted 0.48 s (-4%)`, and the term to look at if that is far off."""
+    """`a step took 0.5 s, predicted 0.48 s (-4%)`, its terms, and the one to look at if that is far off."""
     predicted, measured = comparison.predicted.step_time_s, comparison.measured.step_time_s
-    text = f"a step took {seconds_text(measured)}, predicted {seconds_text(predicted)} ({comparison.error:+.0%})"
+    expected = comparison.predicted_terms
+    terms = [
+        f"{term} {seconds_text(took)} ({seconds_text(expected[term])})"
+        for term, took in comparison.measured.terms.items()
+    ]
+    text = (
+        f"a step took {seconds_text(measured)}, predicted {seconds_text(predicted)} ({comparison.error:+.0%}); "
+        f"in one of them (predicted): {', '.join(terms)}"
+    )
     if abs(comparison.error) <= FAR_OFF:
         return text
     term = comparison.furthest_term
-    took, expected = comparison.measured.terms[term], comparison.predicted_terms[term]
-    return f"{text}\nwarning: {term} is furthest off: {seconds_text(took)}, predicted {seconds_text(expected)}"
+    took = comparison.measured.terms[term]
+    return f"{text}\nwarning: {term} is furthest off: {seconds_text(took)}, predicted {seconds_text(expected[term])}"

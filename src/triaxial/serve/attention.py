@@ -47,7 +47,8 @@ class _Beginning:
     rows: slice
 
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attention(q[None], k[None], v[None], mask=None)[0]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return attention(q, k, v, mask=None)[0].transpose(0, 1)
 
 
 @dataclass
@@ -60,8 +61,9 @@ class _Gathered:
     masks: _Masks
 
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.view(self.sequences, -1, *x.shape[1:]) for x in (q, *cache.gather(place, self.blocks)))
-        return _attention(q, k, v, self.masks.of(windowed)).flatten(0, 1)
+        k, v = cache.gather(place, self.blocks, self.sequences)
+        q = q.view(self.sequences, -1, *q.shape[1:]).transpose(1, 2)
+        return attention(q, k, v, self.masks.of(windowed)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass
@@ -81,17 +83,15 @@ class _AtHome:
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = cache.at_home(place, self.slots, self.keys)
         if self.own is None:
-            return _attention(q[:, None], k, v, self.masks.of(windowed))[:, 0]
+            return attention(q[:, :, None], k, v, self.masks.of(windowed))[:, :, 0]
         spread = q.new_zeros(len(k), *q.shape[1:]).index_copy_(0, self.own, q)
-        return _attention(spread[:, None], k, v, self.masks.of(windowed))[:, 0].index_select(0, self.own)
+        return attention(spread[:, :, None], k, v, self.masks.of(windowed))[:, :, 0].index_select(0, self.own)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [sequences, queries, heads, dim], k, v [sequences, keys, kv heads, dim]; without a mask it is causal."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [sequences, heads, queries, dim], k, v [sequences, kv heads, keys, dim]; without a mask it is causal."""
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class StepAttention:
@@ -113,8 +113,10 @@ class StepAttention:
             q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)  # [tokens, heads, dim]
             cache = self._cache
             cache.write(place, self._places, k, v)
+            if len(self._parts) == 1:
+                return self._parts[0].attend(cache, place, windowed, q, k, v).unsqueeze(1)
             done = [p.attend(cache, place, windowed, q[p.rows], k[p.rows], v[p.rows]) for p in self._parts]
-            return (done[0] if len(done) == 1 else torch.cat(done)).unsqueeze(1)
+            return torch.cat(done).unsqueeze(1)
 
         return attend
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
 
 class PagedCache:
-    """Keys and values [layer, block * block_tokens + offset, kv head, dim].
+    """Keys and values [layer, kv head, block * block_tokens + offset, dim]: attention reads one head after the other.
 
-    Pages that no token has been written to take no memory on a CPU: the zeros that they are made of come from the
-    kernel at the first write. They are zeros because masked keys still enter a product.
+    All zeros at first, because masked keys still enter a product.
     """
 
     def __init__(
@@ -18,33 +20,52 @@ class PagedCache:
     ) -> None:
         """`home`: blocks that lie in order at each slot's place (`blocks.BlockPool`)."""
         self.block_tokens, self.home = block_tokens, home
-        shape = (layers, blocks * block_tokens, kv_heads, head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        shape = (layers, kv_heads, blocks * block_tokens, head_dim)
+        keys, values = _zeros(shape, like), _zeros(shape, like)
+        self._layers = [*zip(keys, values, strict=True)]
+        self._homes = [(self._cut(k), self._cut(v)) for k, v in self._layers]
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [tokens, kv heads, dim] of one layer at `places` [tokens]."""
-        self.keys[layer].index_copy_(0, places, k)
-        self.values[layer].index_copy_(0, places, v)
+        keys, values = self._layers[layer]
+        keys.index_copy_(1, places, k.transpose(0, 1))
+        values.index_copy_(1, places, v.transpose(0, 1))
 
-    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of these blocks [n]: keys and values [n * block_tokens, kv heads, dim]."""
-        size = self.block_tokens
-        return _gather(self.keys[layer], blocks, size), _gather(self.values[layer], blocks, size)
+    def gather(self, layer: int, blocks: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+        """Copies of these blocks, equally many of each sequence: each [sequences, kv heads, tokens, dim]."""
+        keys, values = self._layers[layer]
+        return self._gather(keys, blocks, sequences), self._gather(values, blocks, sequences)
 
     def at_home(self, layer: int, slots: slice, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of neighbouring slots' homes, where they lie: each [slots, tokens, kv heads, dim]."""
-        stride = self.home * self.block_tokens
-        return _homes(self.keys[layer], stride)[slots, :tokens], _homes(self.values[layer], stride)[slots, :tokens]
+        """The first tokens of neighbouring slots' homes, where they lie: each [slots, kv heads, tokens, dim]."""
+        keys, values = self._homes[layer]
+        return keys[slots, :, :tokens], values[slots, :, :tokens]
+
+    def _gather(self, cached: Tensor, blocks: Tensor, sequences: int) -> Tensor:
+        heads, _, dim = cached.shape
+        copied = cached.view(heads, -1, self.block_tokens, dim).index_select(1, blocks)
+        return copied.view(heads, sequences, -1, dim).transpose(0, 1)
+
+    def _cut(self, cached: Tensor) -> Tensor:
+        """Into homes: [slots, kv heads, tokens of a home, dim]."""
+        tokens = max(self.home, 1) * self.block_tokens
+        heads, total, dim = cached.shape
+        return cached[:, : total // tokens * tokens].view(heads, -1, tokens, dim).transpose(0, 1)
 
 
-def _homes(cached: Tensor, stride: int) -> Tensor:
-    return cached[: len(cached) // stride * stride].view(-1, stride, *cached.shape[1:])
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """On a CPU memory from the kernel, in large pages, which become real when they are first written to.
+
+    `torch.zeros` writes them all.
+    """
+    if like.device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def block_bytes(layers: int, block_tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block on a rank with so many layers and kv heads."""
     return 2 * layers * block_tokens * kv_heads * head_dim * dtype.itemsize
-
-
-def _gather(cached: Tensor, blocks: Tensor, block_tokens: int) -> Tensor:
-    return cached.view(-1, block_tokens, *cached.shape[1:]).index_select(0, blocks).flatten(0, 1)

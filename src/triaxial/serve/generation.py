@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from triaxial import BadInput, NoAnswer
 from triaxial.plan.layout import parse_layout
@@ -18,6 +18,7 @@ from triaxial.serve.request import EngineFailed, Request, Sampling
 from triaxial.serve.settings import EngineSettings
 from triaxial.serve.text import TextStream, TextTokenizer, load_text_tokenizer
 
+T = TypeVar("T")
 Show = Callable[[str], None]
 Done = Callable[[int, "Answer"], None]
 
@@ -66,6 +67,11 @@ class Generator:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all ranks of all replicas."""
+        return [pid for engine in self._engines for pid in engine.pids]
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Tokens of a prompt.
@@ -181,8 +187,18 @@ def generate(
             tasks = [group.create_task(one(generator, i, ids)) for i, ids in enumerate(tokens)]
         return [task.result() for task in tasks]
 
+    return run_to_end(run())
+
+
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run what uses a `Generator`.
+
+    Raises:
+        BadInput: of what it was asked.
+        NoAnswer: a rank failed; names the rank and the cause.
+    """
     try:
-        return asyncio.run(run())
+        return asyncio.run(work)
     except ExceptionGroup as failures:
         raise _first(failures) from None
     except EngineFailed as error:

@@ -21,7 +21,7 @@ from triaxial.parallel.mesh import Axis, Mesh, open_group
 from triaxial.plan.pipeline.stages import stage_cut
 from triaxial.serve.attention import StepAttention, row_positions
 from triaxial.serve.cache import PagedCache, block_bytes
-from triaxial.serve.operations import Inference, pack
+from triaxial.serve.operations import Inference, WideRotation, pack
 from triaxial.serve.settings import BLOCK_TOKENS, EngineSettings, weights_folder
 from triaxial.serve.wire import StepArrays
 
@@ -61,7 +61,9 @@ class Runner:
         """Logits [wanted rows, vocab] on every rank of the last stage (see `wanted_rows`); None before it."""
         assert self._cache is not None
         positions = self._tensor(row_positions(step))
-        rotation = build_rotation(self.spec, positions, self._like.dtype)
+        rotation = WideRotation.of(
+            build_rotation(self.spec, positions, self._like.dtype), self.spec.num_heads // self.mesh.tp.size
+        )
         attention = StepAttention(self.spec, self._cache, step, self._like)
         x = self._link.receive(self._like.new_empty(len(positions), self.spec.hidden))
         place = 0

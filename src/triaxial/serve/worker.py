@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -45,6 +46,8 @@ def serve(front: socket.socket, rank: int, store: str, settings: EngineSettings)
     spec, layout = settings.check(), settings.parsed_layout
     torch.set_num_threads(settings.threads)
     device, timeout = _device(rank, torch), timedelta(seconds=settings.timeout_s)
+    if device.type == "cpu":
+        os.sched_setaffinity(0, own_cores(sorted(os.sched_getaffinity(0)), rank, layout.world_size, settings.threads))
     if layout.world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -59,6 +62,7 @@ def serve(front: socket.socket, rank: int, store: str, settings: EngineSettings)
     runner.open_cache(**json.loads(opening))
     samples = mesh.pp.index == mesh.pp.size - 1 and mesh.tp.index == 0
     sampler = Sampler(settings.max_batch, spec.vocab, end_tokens(settings.model), device) if samples else None
+    gc.freeze()  # what is loaded stays: no step waits for a look through it
     send_message(front, {"ready": True})
     while (body := receive_frame(front)) is not None:
         step = decode_step(body)
@@ -67,6 +71,14 @@ def serve(front: socket.socket, rank: int, store: str, settings: EngineSettings)
             for state in step.states:
                 sampler.learn(state)
             send_message(front, sampler.answer(logits, step))
+
+
+def own_cores(cores: list[int], rank: int, ranks: int, threads: int) -> list[int]:
+    """Of the cores that an engine may use, those that a rank keeps to: its own where ranks take them all, else any.
+
+    Left alone, the kernel draws a rank that is woken to the core of the peer that wakes it, and may leave both there.
+    """
+    return cores[rank * threads :][:threads] if ranks * threads == len(cores) else cores
 
 
 def _device(rank: int, torch: Any) -> Any:

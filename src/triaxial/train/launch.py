@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from triaxial import BadInput, NoAnswer
+from triaxial import BadInput, Ended
 from triaxial.model.spec import load_model_spec
 from triaxial.train.config import TrainConfig
 from triaxial.train.corpus import Corpus, build_corpus
@@ -126,7 +126,7 @@ def _start_local_ranks(config: TrainConfig, world: int) -> None:
         except ChildFailedError as error:
             raise root_cause(error.failures, config.out) from None
         except SignalException as error:
-            raise NoAnswer(f"ended by {error.sigval.name}") from None
+            raise Ended(f"ended by {error.sigval.name}") from None
 
 
 @contextmanager

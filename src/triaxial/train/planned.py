@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from triaxial import BadInput, NoAnswer
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.parallel.program import check_runnable
-from triaxial.plan.layout import Layout, parse_layout
+from triaxial.plan.layout import Layout
 from triaxial.plan.search.best import search, search_space
-from triaxial.plan.search.explain import RUNNABLE
+from triaxial.plan.search.saved import read_saved_plan
 from triaxial.plan.workload import Training
 from triaxial.train.config import TrainConfig
 
@@ -30,22 +29,12 @@ def read_plan(path: Path, model: str | None) -> dict[str, Any]:
     Raises:
         BadInput: no such file, no training plan, of another model, or none of its layouts can run.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        planned = ModelSpec.model_validate(document["model"])
-        workload = {name: document["workload"][name] for name in WORKLOAD}
-        best = [parse_layout(str(plan["layout"])) for plan in document["plans"]]
-        rival = document["why"]["rivals"].get(RUNNABLE)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path} is no training plan: write one with triaxial plan ... train ... --out FILE") from None
-    if isinstance(rival, dict):
-        best.append(parse_layout(str(rival["layout"])))
-    name = model or planned.name
-    if load_model_spec(name) != planned:
-        raise BadInput(f"{path} is a plan for {planned.name}, not for {name}: plan again")
-    return {"model": name, "layout": str(_first_runnable(best, planned)), **workload}
+    plan = read_saved_plan(path)
+    name = model or plan.model.name
+    if load_model_spec(name) != plan.model:
+        raise BadInput(f"{path} is a plan for {plan.model.name}, not for {name}: plan again")
+    workload = {name: getattr(plan.training, name) for name in WORKLOAD}
+    return {"model": name, "layout": str(first_runnable(plan.layouts, plan.model)), **workload}
 
 
 def plan_layout(cluster: str, settings: dict[str, Any]) -> str:
@@ -62,10 +51,15 @@ def plan_layout(cluster: str, settings: dict[str, Any]) -> str:
     if len(runnable.families) == 0:
         raise NoAnswer(f"no layout of {model.name} on {where.name} does without context and expert parallelism")
     found = search(model, where, training, top=1, space=runnable).best
-    return str(_first_runnable((estimate.layout for estimate in found), model))
+    return str(first_runnable((estimate.layout for estimate in found), model))
 
 
-def _first_runnable(layouts: Iterable[Layout], model: ModelSpec) -> Layout:
+def first_runnable(layouts: Iterable[Layout], model: ModelSpec) -> Layout:
+    """The first layout that the runtime can run.
+
+    Raises:
+        BadInput: none, with why the first one cannot.
+    """
     reason = ""
     for layout in layouts:
         try:

@@ -34,6 +34,8 @@ class StepResult:
     """1 - busy time / (last end - first begin over all ranks), mean over ranks."""
     peak_memory_bytes: int
     """Largest over the ranks so far: resident memory of the process on a CPU, allocated memory on a GPU."""
+    data_s: float
+    """Longest that a rank has read its samples, while the step waited."""
     spans: list[Span]
 
 
@@ -70,10 +72,15 @@ def training_step(
     micro_batches: Sequence[MicroBatch],
     lr: float,
     before_update: Callable[[], None] = lambda: None,
+    data_s: float = 0.0,
 ) -> StepResult:
-    """Forward, backward, clipping and update; `before_update` is called when parameters are about to change."""
+    """Forward, backward, clipping and update; `before_update` is called when parameters are about to change.
+
+    Args:
+        data_s: that this rank has read its samples.
+    """
     spans = program.run(micro_batches)
-    result = _summary(program, micro_batches, spans)
+    result = _summary(program, micro_batches, spans, data_s=data_s)
     before_update()
     optimizer.step(lr, result.grad_norm)
     return result
@@ -85,19 +92,27 @@ def evaluate(program: Program, micro_batches: Sequence[MicroBatch]) -> float:
     return _summary(program, micro_batches, spans, norm=False).loss
 
 
-def _summary(program: Program, micro_batches: Sequence[MicroBatch], spans: list[Span], norm: bool = True) -> StepResult:
+def _summary(
+    program: Program,
+    micro_batches: Sequence[MicroBatch],
+    spans: list[Span],
+    norm: bool = True,
+    data_s: float = 0.0,
+) -> StepResult:
     """Share what the ranks know separately, in one small message."""
     mesh = program.mesh
     loss = program.losses().double() * micro_batches[0].loss_scale.double() if mesh.tp.index == 0 else 0.0
     squared = gradient_norm_squared(program.units, mesh) if norm else 0.0
     busy = sum(span.end_s - span.begin_s for span in spans)
-    numbers = [float(loss), float(squared), busy, spans[0].begin_s, spans[-1].end_s, peak_memory_bytes(mesh.device)]
+    times = [spans[0].begin_s, spans[-1].end_s, data_s]
+    numbers = [float(loss), float(squared), busy, *times, peak_memory_bytes(mesh.device)]
     mine = torch.tensor([numbers], dtype=torch.float64, device=mesh.device)
     everyone = mesh.world.all_gather(mine).cpu()
     loss_sum, norm_squared, busy_sum = everyone[:, :3].sum(0).tolist()
     elapsed = float(everyone[:, 4].max() - everyone[:, 3].min())
     bubble = 1 - busy_sum / len(everyone) / elapsed
-    return StepResult(loss_sum, norm_squared**0.5, bubble, int(everyone[:, 5].max()), spans)
+    data_s, memory = everyone[:, 5:].max(0).values.tolist()
+    return StepResult(loss_sum, norm_squared**0.5, bubble, int(memory), data_s, spans)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

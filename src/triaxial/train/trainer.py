@@ -34,6 +34,9 @@ from triaxial.train.step import StepResult, Tokens, evaluate, make_micro_batches
 _TIMELINE_STEP = 2
 """The step whose timeline is kept: the third, when everything is warm."""
 
+Timed = tuple[list[MicroBatch], float]
+"""Micro-batches, and the seconds that their samples were read for."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -105,13 +108,14 @@ class Trainer:
             for step in range(first_step, planned):
                 began = time.perf_counter()
                 lr = learning_rate(step, config.steps, config.hyperparameters)
-                result = training_step(self.program, self._optimizer, self._batch(step), lr, saver.before_update)
+                batch, data_s = self._batch(step)
+                result = training_step(self.program, self._optimizer, batch, lr, saver.before_update, data_s)
                 if record:
                     record.step(self._metrics(step, lr, result, time.perf_counter() - began))
                 if step == min(_TIMELINE_STEP, planned - 1):
                     self._keep_timeline(step, result, record)
                 if self._evaluates_after(step, planned):
-                    loss = evaluate(self.program, self._validation_batch())
+                    loss = evaluate(self.program, self._validation_batch()[0])
                     if record:
                         record.evaluation(step, loss)
                 if step + 1 == planned or (step + 1) % (config.checkpoint_every or planned) == 0:
@@ -135,21 +139,23 @@ class Trainer:
         every = self.config.eval_every
         return bool(self._held_out) and (step + 1 == planned or (every is not None and (step + 1) % every == 0))
 
-    def _batch(self, step: int) -> list[MicroBatch]:
+    def _batch(self, step: int) -> Timed:
         indices = sample_indices(step, self.config.global_batch, len(self._training), self.config.seed)
         return self._micro_batches(own_samples(indices, self.program.mesh))
 
-    def _validation_batch(self) -> list[MicroBatch]:
+    def _validation_batch(self) -> Timed:
         """The first held-out samples, one global batch; where there are fewer, the rest counts for nothing."""
         wanted = own_samples(np.arange(self.config.global_batch), self.program.mesh)
         return self._micro_batches(
             self._held_out.start + wanted % len(self._held_out), counted=wanted < len(self._held_out)
         )
 
-    def _micro_batches(self, indices: Tokens, counted: NDArray[np.bool_] | bool = True) -> list[MicroBatch]:
+    def _micro_batches(self, indices: Tokens, counted: NDArray[np.bool_] | bool = True) -> Timed:
+        began = time.perf_counter()
         ids, labels = self._corpus.batch(indices, self.config.seq_len)
+        data_s = time.perf_counter() - began
         labels[~np.broadcast_to(counted, len(labels))] = IGNORE
-        return make_micro_batches(ids, labels, self.program.mesh, self._loss_dtype)
+        return make_micro_batches(ids, labels, self.program.mesh, self._loss_dtype), data_s
 
     def _metrics(self, step: int, lr: float, result: StepResult, seconds: float) -> Metrics:
         tokens = self.config.global_batch * self.config.seq_len
@@ -163,5 +169,6 @@ class Trainer:
             "step_time_s": seconds,
             "peak_memory_bytes": result.peak_memory_bytes,
             "bubble_fraction": result.bubble_fraction,
+            "data_s": result.data_s,
             "model_tflops": flop / seconds / self.program.layout.world_size / 1e12,
         }

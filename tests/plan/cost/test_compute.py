@@ -80,6 +80,16 @@ class TestMeasured:
         seconds = attend(H100, queries, causal=causal, backward=backward)
         assert counted / seconds / 1e12 == pytest.approx(tflop_per_s, rel=0.1)
 
+    def test_flash_attention_2_on_an_a100(self) -> None:
+        """arXiv 2307.08691, abstract: up to 73 % of the theoretical maximum; head dimension 128, 16k keys."""
+        rate = 4 * 16_384 * 16_384 * 16 * 128 / attend(A100, 16_384, causal=False)
+        assert rate / 312e12 == pytest.approx(0.73, abs=0.02)
+
+    def test_a_ring_starts_its_queries_once_a_step(self) -> None:
+        once, twice, four = (attend(H100, 4096, kernels=kernels) for kernels in (1, 2, 4))
+        assert once < twice < 1.1 * once
+        assert four - twice == pytest.approx(2 * (twice - once), rel=0.05)
+
     def test_a_weight_gradient_of_gpt_28b(self) -> None:
         """arXiv 2401.10241, table 9: 2 layers of hidden size 6144 on 1024 tokens take 7.70 ms on an A100 SXM."""
         h, tokens = 6144, 1024

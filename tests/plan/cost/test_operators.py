@@ -94,9 +94,13 @@ def test_context_parallel_ranks_share_causal_attention_evenly_and_add_up_what_ea
     (core,) = (op for op in layer.forward if isinstance(op, Attention))
     assert float(core.queries * (core.keys - core.queries / 2)) * cp == pytest.approx(1024**2 / 2)
     alone = dense_layer(llama(), WORK, shard(), OURS)
-    summed, whole = (sum(float(op.bytes) for op in part.forward if isinstance(op, Pass)) for part in (layer, alone))
-    steps, width = cp - 1, 1024
-    assert summed - whole / cp == pytest.approx(10 * steps * (1024 / cp) * width)
+    assert core.kernels == cp
+    steps, width, key_width = cp - 1, 1024, 512
+    for part, each in (("forward", 34 * width), ("input_grad", 18 * (width + 2 * key_width))):
+        summed, whole = (
+            sum(float(op.bytes) for op in getattr(one, part) if isinstance(op, Pass)) for one in (layer, alone)
+        )
+        assert summed - whole / cp == pytest.approx(each * steps * (1024 / cp))
 
 
 def test_experts_get_every_token_copy_and_send_it_back() -> None:

@@ -10,6 +10,7 @@ from triaxial.cluster.timings import AttentionTiming, CollectiveTimings, DeviceT
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.cost.collectives import collective_seconds, group_of
 from triaxial.plan.cost.compute import attention_seconds, gemm_seconds
+from triaxial.plan.cost.timed import timed_pass_seconds
 from triaxial.plan.layout import parse_layout
 from triaxial.plan.search.what_if import scaled
 from triaxial.plan.training.price import estimate
@@ -78,7 +79,7 @@ def test_attention_runs_at_the_measured_rate() -> None:
 
 @pytest.mark.parametrize(
     ("bytes", "seconds"),
-    [(100, 1e-4), (1024, 1e-4), (2048, 2**0.5 * 1e-4), (16384, 8e-4), (65536, 32e-4)],
+    [(100, 1e-4), (1024, 1e-4), (2048, 4e-4 / 3), (16384, 8e-4), (65536, 32e-4)],
 )
 def test_collectives_follow_the_measured_curve(bytes: int, seconds: float) -> None:
     cluster = machine()
@@ -95,6 +96,8 @@ def test_a_kind_that_was_not_measured_follows_the_tier() -> None:
 def test_precision_that_was_not_probed_is_refused() -> None:
     with pytest.raises(BadInput, match="not probed in bf16, only in fp32"):
         gemm_seconds(machine().device, 1, 1, 1, "bf16")
+    with pytest.raises(BadInput, match="not probed in bf16, only in fp32"):
+        timed_pass_seconds(machine().device.timings, 1, 1, "bf16")
 
 
 def test_a_file_gives_the_same_cluster(tmp_path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from time import process_time
 
 import numpy as np
 import pytest
@@ -81,15 +80,12 @@ def test_lower_bounds_and_least_memory_are_below_every_member() -> None:
     assert (memory_of(model, WORK, OURS, table).peak >= space.least_bytes[family] * (1 - 1e-12)).all()
 
 
-def test_405b_on_16384_gpus_takes_seconds() -> None:
-    """The requirement is 2 s on an idle core, import included; tests share their cores, so allow more."""
+def test_bounds_rule_out_nearly_all_layouts_of_405b_on_16384_gpus() -> None:
+    """`bench/planner.py` times it."""
     model, cluster = load_model_spec("llama-3.1-405b"), load_cluster("2048x8xH100-SXM")
-    start = process_time()
     found = search(model, cluster, Training(global_batch=2048, seq_len=8192))
-    seconds = process_time() - start
-    assert found.considered > 1_000_000
-    assert found.considered / seconds > 100_000
-    assert seconds < 6
+    assert found.considered > 5_000_000
+    assert found.priced < found.considered / 20
 
 
 @settings(max_examples=12, deadline=None)

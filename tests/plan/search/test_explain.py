@@ -96,6 +96,8 @@ def test_a_count_flips_at_the_next_value_that_the_winner_divides(best: Layout, f
         ("tp=16", "takes +"),
         ("tp=1,pp=1,mb=4,zero=0,recompute=none,sp=0", "GiB of 80, most of them"),
         ("pp=2,vpp=2,schedule=interleaved,mb=8,dp=8", "micro-batches"),
+        ("dp=8,zero=3", "has 16 GPUs"),
+        ("tp=2,pp=4", "Not tp=2,pp=4,dp=2,mb=2,zero=2: it takes +"),
     ],
 )
 def test_why_not_gives_the_reason(text: str, says: str) -> None:
@@ -103,6 +105,15 @@ def test_why_not_gives_the_reason(text: str, says: str) -> None:
 
 
 def test_why_not_of_nonsense_is_bad_input() -> None:
-    assert "not KEY=VALUE" in why_not("fast", BEST, MODEL, PAIR, WORK)
+    with pytest.raises(BadInput, match="not KEY=VALUE"):
+        why_not("fast", BEST, MODEL, PAIR, WORK)
     with pytest.raises(BadInput):
         scaled(PAIR, "memory", 1.0).device.peak("int4")
+
+
+def test_what_why_not_does_not_name_gives_way() -> None:
+    """The winner's pipeline to a wider data axis, and its virtual stages to another pipeline."""
+    winner = replace(BEST, layout=Layout(pp=2, dp=8, vpp=9, mb=1, schedule="interleaved", zero=1))
+    assert why_not("dp=16", winner, MODEL, PAIR, WORK).startswith("Not tp=1,pp=1,dp=16,mb=1,zero=1:")
+    assert why_not("pp=4", winner, MODEL, PAIR, WORK).startswith("Not tp=1,pp=4,dp=4,mb=1,zero=1:")
+    assert "vpp=3" in why_not("vpp=3", winner, MODEL, PAIR, WORK)

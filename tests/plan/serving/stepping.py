@@ -24,6 +24,7 @@ class ToyCost:
     pair: float = 1e-9
     held: float = 4e-8
     end: float = 1e-6
+    request_s: float = 0.0
 
     def seconds(
         self, prefill_tokens: float, pairs: float, sequences: float, context: float, ending: float = 0.0, /
@@ -51,7 +52,8 @@ class Stepped:
 def serve_stepwise(traffic: Traffic, cost: CostOfStep, limits: Limits) -> Stepped:
     """Serve on one replica of the engine."""
     pool = BlockPool(limits.kv_blocks, limits.block_tokens, limits.max_batch)
-    scheduler = batching.Scheduler(pool, batching.Limits(cost.pipeline_ranks, limits.max_batch, limits.chunk_tokens))
+    sizes = batching.Limits(cost.pipeline_ranks, limits.max_batch, limits.chunk_tokens, limits.window)
+    scheduler = batching.Scheduler(pool, sizes)
     count = len(traffic)
     arrivals = traffic.arrival_s.tolist()
     sequences: list[batching.Running] = []

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.serving.stepping import ToyCost, serve_stepwise
-from triaxial.plan.serving.life import Step
 from triaxial.plan.serving.limits import Limits
+from triaxial.plan.serving.served import Step
 from triaxial.plan.serving.simulate import simulate
 from triaxial.plan.serving.traffic import LogNormal, Traffic, draw_lengths, poisson
 
 ROOMY = Limits(max_batch=8, chunk_tokens=64, kv_tokens=4096, block_tokens=4)
 NARROW = replace(ROOMY, kv_tokens=160)
+CROWDED = replace(ROOMY, chunk_tokens=3)
+WINDOWED = replace(NARROW, window=13)
 
 
 def traffic(count: int, rate: float, seed: int = 0) -> Traffic:
@@ -30,7 +32,9 @@ def unrolled(steps: list[Step]) -> list[tuple[tuple[int, ...], tuple[tuple[int, 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("rate", [0.5, 20.0, 100.0])
-@pytest.mark.parametrize("limits", [ROOMY, NARROW], ids=["roomy", "narrow"])
+@pytest.mark.parametrize(
+    "limits", [ROOMY, NARROW, CROWDED, WINDOWED], ids=["roomy", "narrow", "fewer tokens than sequences", "windowed"]
+)
 def test_every_step_holds_what_the_engines_would(stages: int, rate: float, limits: Limits) -> None:
     requests, cost = traffic(40, rate), ToyCost(stages)
     stepped = serve_stepwise(requests, cost, limits)
@@ -47,20 +51,39 @@ def test_the_narrow_cache_does_preempt() -> None:
     assert serve_stepwise(traffic(40, 100.0), ToyCost(3), NARROW).preemptions > 0
 
 
+def test_a_window_spares_preemptions() -> None:
+    narrow, windowed = (serve_stepwise(traffic(40, 100.0), ToyCost(), limits) for limits in (NARROW, WINDOWED))
+    assert windowed.preemptions < narrow.preemptions
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     stages=st.integers(1, 4),
     max_batch=st.integers(1, 9),
-    chunk_tokens=st.integers(9, 50),
+    chunk_tokens=st.integers(1, 50),
     kv_tokens=st.integers(150, 500),
     block_tokens=st.integers(1, 9),
+    window=st.none() | st.integers(1, 60),
     rate=st.floats(0.3, 200),
     seed=st.integers(0, 10_000),
 )
 def test_so_it_is_for_any_sizes(
-    stages: int, max_batch: int, chunk_tokens: int, kv_tokens: int, block_tokens: int, rate: float, seed: int
+    stages: int,
+    max_batch: int,
+    chunk_tokens: int,
+    kv_tokens: int,
+    block_tokens: int,
+    window: int | None,
+    rate: float,
+    seed: int,
 ) -> None:
-    limits = Limits(max_batch=max_batch, chunk_tokens=chunk_tokens, kv_tokens=kv_tokens, block_tokens=block_tokens)
+    limits = Limits(
+        max_batch=max_batch,
+        chunk_tokens=chunk_tokens,
+        kv_tokens=kv_tokens,
+        block_tokens=block_tokens,
+        window=window,
+    )
     requests, cost = traffic(12, rate, seed), ToyCost(stages)
     stepped = serve_stepwise(requests, cost, limits)
     steps: list[Step] = []

@@ -12,12 +12,10 @@ from triaxial import BadInput
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.search.what_if import scaled
-from triaxial.plan.serving.asked import demand_for, serving_work, with_price
-from triaxial.plan.serving.demand import Demand
+from triaxial.plan.serving.demand import Demand, Objective, demand_for, serving_work, with_price
 from triaxial.plan.serving.explain import TERM_WORDS, explain, request_seconds
 from triaxial.plan.serving.flips import PRECISION, _find
 from triaxial.plan.serving.frontier import frontier
-from triaxial.plan.serving.option import Objective
 from triaxial.plan.serving.plan import ServingPlan, plan_serving
 from triaxial.plan.serving.search import Found, search
 from triaxial.report.frontier import frontier_svg

@@ -9,15 +9,12 @@ import pytest
 from triaxial import NoAnswer
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
-from triaxial.plan.serving.asked import demand_for, serving_work
-from triaxial.plan.serving.candidates import CHUNK_TOKENS, Candidate, candidates
-from triaxial.plan.serving.demand import Demand
+from triaxial.plan.serving.candidates import CHUNK_TOKENS, Candidate, candidates, screen
+from triaxial.plan.serving.closed_form import alone, steady
+from triaxial.plan.serving.demand import Demand, demand_for, serving_work
 from triaxial.plan.serving.engine import VLLM
-from triaxial.plan.serving.operate import RATE_PRECISION, carried_rate, highest, operate
-from triaxial.plan.serving.option import Objective, Option
-from triaxial.plan.serving.screen import screen
+from triaxial.plan.serving.option import RATE_PRECISION, Objective, Option, carried_rate, highest, operate
 from triaxial.plan.serving.search import Found, search
-from triaxial.plan.serving.steady import alone, steady
 from triaxial.plan.serving.traffic import at_once
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.plan.serving.stepping import ToyCost
 from triaxial import BadInput
 from triaxial.plan.serving.clock import Clock
-from triaxial.plan.serving.life import Step
 from triaxial.plan.serving.limits import Limits
+from triaxial.plan.serving.served import Step
 from triaxial.plan.serving.simulate import replay, simulate
 from triaxial.plan.serving.traffic import Fixed, LogNormal, Traffic, at_once, closed_loop, draw_lengths, poisson
 
@@ -198,5 +198,3 @@ def test_the_clocks_lines_are_the_steps_cost() -> None:
 def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(BadInput, match="needs more than the 160"):
         simulate(at_once(np.array([100]), np.array([61])), ToyCost(), replace(LIMITS, kv_tokens=170))
-    with pytest.raises(BadInput, match="max-batch 300 is more than the 256"):
-        replace(LIMITS, max_batch=300)

@@ -3,6 +3,7 @@ are those of the roofline."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,18 @@ from hypothesis import strategies as st
 
 from tests.plan.shapes import llama, mixture
 from triaxial import BadInput
-from triaxial.cluster.hardware import Device, Tier
 from triaxial.cluster.spec import Cluster, load_cluster
-from triaxial.cluster.timings import AttentionTiming, DeviceTimings, GemmTiming
 from triaxial.model.spec import LatentAttention, ModelSpec, load_model_spec
 from triaxial.plan.layout import Layout
 from triaxial.plan.serving.constants import SERVING, HostTimes
-from triaxial.plan.serving.engine import FASTER_TRANSFORMER, MEGATRON, OURS, TENSORRT_LLM_0_5, VLLM, Engine
+from triaxial.plan.serving.engine import (
+    FASTER_TRANSFORMER,
+    MEGATRON,
+    TENSORRT_LLM,
+    TENSORRT_LLM_0_5,
+    VLLM,
+    Engine,
+)
 from triaxial.plan.serving.step import StepCost, step_cost
 from triaxial.plan.serving.workload import Serving
 
@@ -191,7 +197,11 @@ class TestPrecision:
 
     def test_scales_of_16_neighbours_take_a_kernel_for_every_product(self) -> None:
         node = load_cluster("8xB200")
-        fp8, fp4 = (cost(cluster=node, precision=p).parts(0, 0, 1, 0)["launches"] for p in ("fp8", "fp4"))
+        bf16, fp8, fp4 = (
+            cost(cluster=node, precision=p, engine=TENSORRT_LLM).parts(0, 0, 1, 0)["launches"]
+            for p in ("bf16", "fp8", "fp4")
+        )
+        assert fp8 == bf16
         assert fp4 - fp8 == pytest.approx(4 * 8 * SERVING.graph_kernel_s)  # four products in each of eight layers
 
     def test_narrow_keys_and_values_are_read_by_their_bytes(self) -> None:
@@ -200,6 +210,22 @@ class TestPrecision:
 
 
 class TestEngine:
+    def test_casts_apart_take_a_kernel_for_every_product(self) -> None:
+        node = load_cluster("8xH100-SXM")
+        bf16, fp8 = (
+            cost(cluster=node, precision=p, engine=VLLM).parts(0, 0, 1, 0)["launches"] for p in ("bf16", "fp8")
+        )
+        assert fp8 - bf16 == pytest.approx(4 * 8 * SERVING.graph_kernel_s)
+
+    def test_norms_in_all_reduces_take_no_kernels(self) -> None:
+        apart = replace(TENSORRT_LLM, fused_all_reduce=False)
+        for tp, saved in ((1, 0), (2, 4)):  # a norm and a residual behind each of two all-reduces
+            separate, fused = (
+                cost(layout=Layout(tp=tp), engine=engine).parts(0, 0, 1, 0)["launches"]
+                for engine in (apart, TENSORRT_LLM)
+            )
+            assert separate - fused == pytest.approx(saved * 8 * SERVING.graph_kernel_s, abs=1e-12)
+
     def test_direct_all_reduces_help_small_messages(self) -> None:
         model, layout = load_model_spec("llama-3.1-70b"), Layout(tp=8)
         nccl = Engine(name="nccl", host="vllm", direct_all_reduce=False)
@@ -238,56 +264,6 @@ class TestEngine:
         work = Serving(input_len=1, output_len=1)
         slow = step_cost(llama(), H100, Layout(), work, VLLM, constants)
         assert slow.parts(0, 0, 10, 0)["host"] == pytest.approx(6e-3)
-
-
-class TestProbedDevice:
-    """A device whose matrix products, attention and passes a probe has timed."""
-
-    def probed(self) -> Cluster:
-        rate = 5e10  # multiplications a second
-        timings = DeviceTimings(
-            gemm={"fp32": tuple(GemmTiming(m=m, n=1024, k=1024, seconds=m * 1024**2 / rate) for m in (1, 64, 512))},
-            attention={"fp32": (_attention(64), _attention(512))},
-            pass_bytes_per_s={"fp32": 4e9},
-            pass_launch_s={"fp32": 1e-5},
-            step_s=0.0,
-            reserve_bytes=0.0,
-        )
-        device = Device(
-            name="cpu",
-            generation="cpu",
-            peak_flop_per_s={"fp32": 2e11},
-            memory_bytes=8 * 2**30,
-            memory_bandwidth_bytes_per_s=2e10,
-            memory_efficiency=0.8,
-            sm_count=1,
-            launch_s=1e-6,
-            timings=timings,
-        )
-        shared = Tier(name="host", ranks=2, link="memory", bandwidth_bytes_per_s=5e9)
-        return Cluster(name="local", gpus_per_node=2, device=device, tiers=(shared,))
-
-    def test_is_priced_by_its_points(self) -> None:
-        model = llama()
-        priced = cost(model, self.probed(), engine=OURS, precision="fp32", kv_precision="fp32")
-        parts = priced.parts(512, 512 * 513 / 2, 0, 0)
-        layers = model.num_layers * (model.attention_matrices + model.mlp_matrices(model.ffn))
-        attention = model.num_layers * _attention(512).forward_s * model.num_heads / 8  # timed with 8 heads
-        assert parts["weights"] + parts["compute"] == pytest.approx(512 * layers / 5e10 + attention, rel=1e-3)
-        assert parts["launches"] == 0
-        decode = priced.parts(0, 0, 4, 1000)
-        assert decode["kv"] == pytest.approx(1000 * 2 * 512 * 4 * 8 / (2e10 * 0.8 * SERVING.kv_gain))
-
-    def test_in_a_precision_that_was_not_probed_is_refused(self) -> None:
-        with pytest.raises(BadInput, match="not probed in bf16"):
-            cost(llama(), self.probed(), engine=OURS)
-
-
-def _attention(length: int) -> AttentionTiming:
-    seconds = length**2 * 64 * 8 / 1e10
-    return AttentionTiming(
-        sequences=1, heads=8, kv_heads=8, length=length, head_dim=64, forward_s=seconds, backward_s=2 * seconds
-    )
 
 
 def test_constants_are_replaced_by_name() -> None:

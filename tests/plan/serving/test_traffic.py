@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from triaxial import BadInput
-from triaxial.plan.serving.asked import demand_for
+from triaxial.plan.serving.demand import demand_for
 from triaxial.plan.serving.traces import read_lengths, read_trace
 from triaxial.plan.serving.traffic import Fixed, LogNormal, at_once, draw_lengths, parse_lengths, poisson
 

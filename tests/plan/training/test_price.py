@@ -233,7 +233,7 @@ def test_placements_that_put_the_same_ranks_together_tie() -> None:
         ("tp=4,dp=1", "4 ranks, but 1x8xA100 has 8 GPUs"),
         ("tp=8,mb=3", "not a multiple of dp*mb=3; nearest: 63"),
         ("tp=4,pp=2,vpp=2,schedule=interleaved,mb=64", "needs a multiple of pp=2 micro-batches"),
-        ("tp=1,dp=8,ep=2", "a model without experts"),
+        ("tp=1,dp=8,ep=2", "no experts to spread over ep=2"),
         ("tp=2,pp=4,cut=10+10+10+3", "covers 33 of 34 blocks"),
     ],
 )
@@ -246,3 +246,16 @@ def test_an_impossible_layout_is_refused_with_the_reason(text: str, reason: str)
 def test_impossible_work_is_refused(field: str) -> None:
     with pytest.raises(BadInput, match=field.replace("_", ".")):
         Training(**{"global_batch": 8, "seq_len": 8, field: 0 if field[0] in "gs" else "none"})  # type: ignore[arg-type]
+
+
+def test_a_tied_table_is_exchanged_unless_one_rank_holds_both_ends() -> None:
+    tied = llama().model_copy(update={"tied_embeddings": True})
+    untied = llama().model_copy(update={"tied_embeddings": False})
+
+    def added_s(layout: str) -> float:
+        """What the tie adds to the transfers; cuts differ, transfers do not."""
+        with_it, without = (estimate(model, PAIR, WORK, parse_layout(layout)) for model in (tied, untied))
+        return with_it.time_s["exposed_pp"] - without.time_s["exposed_pp"]
+
+    assert added_s("dp=8,pp=2") > 1e-4
+    assert added_s("dp=8,pp=2,vpp=2,schedule=zb-v") == added_s("dp=16") == 0

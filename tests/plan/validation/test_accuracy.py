@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from triaxial import BadInput
 from triaxial.plan.validation.accuracy import by_source, constant_mfu, errors, kendall_tau, laboratory, predict, ranking
 from triaxial.plan.validation.left_out import LEFT_OUT
+from triaxial.plan.validation.practices import LLM_FOUNDRY, practice_of
 from triaxial.plan.validation.published import read_points
 
 SHIPPED = Path(str(resources.files("triaxial.plan.validation") / "published.csv"))
@@ -52,7 +53,7 @@ def test_predictions_are_as_good_as_the_documentation_says() -> None:
     found = errors(dense)
     assert found.count >= 80
     assert found.median < 0.08
-    assert found.p90 < 0.25
+    assert found.p90 < 0.2
     assert errors(PREDICTED).median < 0.12
     assert found.median < errors(constant_mfu(dense)).median / 2
 
@@ -66,8 +67,23 @@ def test_layouts_of_one_job_are_put_in_the_measured_order() -> None:
 
 
 def test_empty_cells_mean_every_plausible_value(tmp_path: Path) -> None:
-    (point,), _ = read_points(rewritten(tmp_path, micro_batch=""))
+    (point,), _ = read_points(rewritten(tmp_path, id="new-001", micro_batch=""))
     assert {layout.mb for layout in point.layouts} == {1, 2, 4, 8}
+
+
+def test_empty_cells_that_the_authors_fill_elsewhere_mean_that(tmp_path: Path) -> None:
+    (point,), _ = read_points(rewritten(tmp_path, id="sc21t1-001", micro_batch="", vpp=""))
+    assert {(layout.mb, layout.vpp) for layout in point.layouts} == {(16, 1)}
+
+
+def test_layouts_are_compared_only_where_all_else_is_the_same(tmp_path: Path) -> None:
+    """Two recipes of 8 bits are two programs, whatever their layouts."""
+    jobs = {read_points(rewritten(tmp_path, precision=words))[0][0].job for words in ("fp8", "mxfp8", "fp8")}
+    assert len(jobs) == 2
+
+
+def test_sources_of_one_program_are_predicted_alike() -> None:
+    assert practice_of("llmf-h100", "", 3) == practice_of("llmf-a100", "", 3) == LLM_FOUNDRY
 
 
 def test_repeats_of_a_configuration_count_once() -> None:

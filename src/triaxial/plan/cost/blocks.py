@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from triaxial.model.spec import ModelSpec
@@ -77,9 +79,10 @@ def attention_core(model: ModelSpec, training: Training, shard: Shard, practice:
         # as many as if they were the last of these
         balanced = np.minimum(keys, (training.seq_len + queries) / 2)
         sizes = (shard.mb, heads, kv_heads, queries, balanced, head_dim)
-        forward: tuple[Operator, ...] = (Attention(*sizes, kernel=practice.attention),)
-        fused = Block(forward, (Attention(*sizes, backward=True, kernel=practice.attention),), core=forward)
-        return fused + ring_sums(shard, queries * head_dim * heads, queries * head_dim * kv_heads, practice)
+        kernel = Attention(*sizes, kernel=practice.attention, kernels=shard.cp)
+        forward: tuple[Operator, ...] = (kernel,)
+        fused = Block(forward, (replace(kernel, backward=True),), core=forward)
+        return fused + ring_sums(shard, queries * head_dim * heads, queries * head_dim * kv_heads)
     batch = shard.mb * heads
     scores = batch * queries * keys * training.element_bytes
     inner = Gemm(queries, keys, head_dim, batch, narrow=False)
@@ -94,15 +97,19 @@ def attention_core(model: ModelSpec, training: Training, shard: Shard, practice:
     return Block(forward, backward, core=forward)
 
 
-def ring_sums(shard: Shard, outputs: Size, keys: Size, practice: Practice) -> Block:
+def ring_sums(shard: Shard, outputs: Size, keys: Size) -> Block:
     """Ring attention (arXiv 2310.01889) adds up in fp32 what each of its cp steps gives: the output forward, the
-    gradients of queries, keys and values backward.
+    gradients of queries, keys and values backward. Operation by operation in every program: Transformer Engine's and
+    PyTorch's rings are eager code around their kernels.
 
     Args:
         outputs: elements of one sequence's queries on a rank; `keys` those of its keys.
     """
-    additions = 10 * (np.asarray(shard.cp) - 1) * shard.mb  # reads the sum and the step's 16 bits, writes the sum
-    return passes(additions * outputs, additions * (outputs + 2 * keys), practice, unfused_kernels=5)
+    steps = np.asarray(shard.cp) - 1
+    # forward, the sum is scaled (8 bytes), the step's result cast (6) and scaled (8), and the two added (12); backward,
+    # the gradient is cast and added
+    forward, backward = 34 * steps * shard.mb * outputs, 18 * steps * shard.mb * (outputs + 2 * keys)
+    return Block((Pass(forward, 4 * steps),), (Pass(backward, 2 * steps),))
 
 
 def softmax_passes(matrices: Size, scores: Size) -> tuple[Pass, Pass]:

@@ -121,11 +121,23 @@ def _levels(cluster: Cluster, group: Group, constants: CollectiveConstants) -> l
 
 @dataclass(frozen=True)
 class _Way:
-    """An algorithm on a group: seconds = launch + hops' latency + bytes x seconds_per_byte, by some protocol."""
+    """An algorithm on a group: seconds = launch + hops' latency + the slowest tier's time, by some protocol."""
 
     latency_s: float
-    seconds_per_byte: float
-    ramp_s: float
+    tiers: tuple[tuple[float, float], ...]
+    """Seconds per byte of the message on each tier, and the tier's ramp."""
+
+    def wire(self, size: Seconds) -> Seconds:
+        return size * max(cost for cost, _ in self.tiers)
+
+    def chunked(self, size: Seconds) -> Seconds:
+        """Seconds of a message cut into c chunks so that they overlap along its path: on a tier, where it takes
+        w seconds, w + c ramp + w / c, least for c = sqrt(w / ramp)."""
+        longest = np.zeros_like(size)
+        for cost, ramp_s in self.tiers:
+            wire = size * cost
+            longest = np.maximum(longest, wire + 2 * np.sqrt(ramp_s * wire))
+        return longest
 
 
 def collective_seconds(
@@ -157,13 +169,13 @@ def collective_seconds(
     low_latency = [constants.ll] if kind in _BETWEEN_PEERS else [constants.ll, constants.ll128]
     best = np.full_like(size, np.inf)
     for way in _ways(kind, group.size, levels, constants):
-        wire = size * way.seconds_per_byte
+        wire = way.wire(size)
         for protocol in low_latency:
             best = np.minimum(best, way.latency_s * protocol.latency + wire / protocol.bandwidth)
-        best = np.minimum(best, way.latency_s * constants.simple.latency + _chunked(wire, way.ramp_s))
+        best = np.minimum(best, way.latency_s * constants.simple.latency + way.chunked(size))
     if kind == "all_reduce" and any(level.tier.switch_reduces for level in levels):
         way = _switched_all_reduce(levels, constants)
-        best = np.minimum(best, way.latency_s + _chunked(size * way.seconds_per_byte, way.ramp_s))
+        best = np.minimum(best, way.latency_s + way.chunked(size))
     return np.asarray(start + best)
 
 
@@ -195,12 +207,6 @@ def direct_all_reduce_seconds(
     return np.minimum(best, launch_seconds(cluster.device) + np.minimum(one_shot, two_shots))
 
 
-def _chunked(wire: Seconds, ramp_s: float) -> Seconds:
-    """Seconds of a message cut into c chunks so that they overlap along its path: wire + c ramp + wire / c, least
-    for c = sqrt(wire / ramp)."""
-    return np.asarray(wire + 2 * np.sqrt(ramp_s * wire))
-
-
 def _ways(kind: CollectiveKind, ranks: int, levels: list[_Level], constants: CollectiveConstants) -> list[_Way]:
     outer = levels[-1]
     if kind == "all_reduce":
@@ -210,9 +216,12 @@ def _ways(kind: CollectiveKind, ranks: int, levels: list[_Level], constants: Col
     if kind == "all_to_all":
         return [_all_to_all(levels, ranks, constants)]
     if kind == "broadcast":
-        slowest = min(levels, key=lambda level: level.ring_bytes_per_s)
-        return [_Way(_tree_latency(levels), 1 / slowest.ring_bytes_per_s, slowest.ramp_s)]
-    return [_Way(constants.peer_hops * outer.latency_s, 1 / outer.sender_bytes_per_s, outer.ramp_s)]
+        return [_Way(_tree_latency(levels), _costs(levels, [1 / level.ring_bytes_per_s for level in levels]))]
+    return [_Way(constants.peer_hops * outer.latency_s, _costs([outer], [1 / outer.sender_bytes_per_s]))]
+
+
+def _costs(levels: list[_Level], seconds_per_byte: list[float]) -> tuple[tuple[float, float], ...]:
+    return tuple((cost, level.ramp_s) for cost, level in zip(seconds_per_byte, levels))
 
 
 def _ring(levels: list[_Level], ranks: int, steps: int, own: float = 0.0) -> _Way:
@@ -224,8 +233,8 @@ def _ring(levels: list[_Level], ranks: int, steps: int, own: float = 0.0) -> _Wa
     leaving = [ranks / level.inner for level in levels]
     edges = [here - beyond for here, beyond in zip(leaving, [*leaving[1:], 0.0])]
     step_latency = sum(count * level.latency_s for count, level in zip(edges, levels)) / ranks
-    slowest = min(levels, key=lambda level: level.ring_bytes_per_s)
-    return _Way(steps * step_latency, (steps + own) / ranks / slowest.ring_bytes_per_s, slowest.ramp_s)
+    cost = [(steps + own) / ranks / level.ring_bytes_per_s for level in levels]
+    return _Way(steps * step_latency, _costs(levels, cost))
 
 
 def _tree_all_reduce(levels: list[_Level]) -> _Way:
@@ -238,8 +247,7 @@ def _tree_all_reduce(levels: list[_Level]) -> _Way:
     """
     once = [level.fan_out == 2 and level.tier.link in _OWN_TUNER for level in levels]
     cost = [(1.0 if single else 2.0) / level.ring_bytes_per_s for single, level in zip(once, levels)]
-    slowest = levels[cost.index(max(cost))]
-    return _Way(2 * _tree_latency(levels), max(cost), slowest.ramp_s)
+    return _Way(2 * _tree_latency(levels), _costs(levels, cost))
 
 
 def _tree_latency(levels: list[_Level]) -> float:
@@ -249,13 +257,9 @@ def _tree_latency(levels: list[_Level]) -> float:
 
 def _all_to_all(levels: list[_Level], ranks: int, constants: CollectiveConstants) -> _Way:
     """Every rank sends 1/ranks of its buffer to every other, all at once: what leaves a unit limits it."""
-    cost = [level.inner * (ranks - level.inner) / ranks / level.bytes_per_s for level in levels]
-    slowest = levels[cost.index(max(cost))]
-    return _Way(
-        constants.peer_hops * max(level.latency_s for level in levels),
-        max(cost) + constants.local_copy / ranks / levels[0].bytes_per_s,
-        slowest.ramp_s,
-    )
+    own = constants.local_copy / ranks / levels[0].bytes_per_s
+    cost = [level.inner * (ranks - level.inner) / ranks / level.bytes_per_s + own for level in levels]
+    return _Way(constants.peer_hops * max(level.latency_s for level in levels), _costs(levels, cost))
 
 
 def _switched_all_reduce(levels: list[_Level], constants: CollectiveConstants) -> _Way:
@@ -275,4 +279,4 @@ def _switched_all_reduce(levels: list[_Level], constants: CollectiveConstants) -
         else:
             latency += 2 * _tree_latency([level])
             cost.append(2 * (level.fan_out - 1) / level.fan_out / level.ring_bytes_per_s)
-    return _Way(latency, max(cost), levels[cost.index(max(cost))].ramp_s)
+    return _Way(latency, _costs(levels, cost))

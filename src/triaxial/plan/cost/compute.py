@@ -141,6 +141,7 @@ def attention_seconds(
     backward: bool = False,
     causal: bool = True,
     flash: bool = True,
+    kernels: npt.ArrayLike = 1,
     constants: ComputeConstants = COMPUTE,
 ) -> Seconds:
     """Seconds of one layer's attention core on one device: scores, softmax and weighted values, no projections.
@@ -150,6 +151,7 @@ def attention_seconds(
         queries: queries per sequence; `keys` the keys they see. Causal queries are the last of them.
         backward: the gradient; a fused kernel computes the scores again (5 products against 2).
         flash: one fused kernel (arXiv 2205.14135) instead of products and a softmax through memory.
+        kernels: fused kernels that each take all queries and a part of the keys (ring attention).
 
     Raises:
         BadInput: the device has no units for the precision.
@@ -168,7 +170,8 @@ def attention_seconds(
     if not flash:
         return _unfused_attention_seconds(device, b * h, q, s, d, precision, backward, constants)
     products = 5 if backward else 2
-    rate = sustained_flop_per_s(device, precision, constants) * d / (d + constants.flash_head_dim)
+    softmax = constants.generations[device.generation].flash_head_dim
+    rate = sustained_flop_per_s(device, precision, constants) * d / (d + softmax)
     if backward:
         rate = rate * constants.flash_backward
     seen = _causal_keys(q, s) if causal else s
@@ -176,12 +179,13 @@ def attention_seconds(
     blocks = b * h * np.ceil(q / _FLASH_BLOCK)
     pieces = np.clip(device.sm_count / blocks, 1.0, np.maximum(1.0, s / _FLASH_BLOCK))
     busy = np.minimum(1.0, blocks * pieces / device.sm_count)
-    started = seen + constants.flash_ramp_keys * products / 2 * pieces
+    launches = np.asarray(kernels, dtype=np.float64)
+    started = seen + constants.flash_ramp_keys * products / 2 * pieces * launches
     arithmetic = products * 2 * b * h * q * started * d / (rate * busy)
     tensors = b * d * (2 * h * q + 2 * g * s) * (2 if backward else 1)  # q, k, v, output, and their gradients
     traffic = BYTES_PER_ELEMENT[precision] * tensors / memory_bytes_per_s(device, constants)
-    seconds = launch_seconds(device, constants) + (arithmetic**_OVERLAP + traffic**_OVERLAP) ** (1 / _OVERLAP)
-    return np.asarray(seconds)
+    busy_s = (arithmetic**_OVERLAP + traffic**_OVERLAP) ** (1 / _OVERLAP)
+    return np.asarray(launches * launch_seconds(device, constants) + busy_s)
 
 
 def _causal_keys(queries: Seconds, keys: Seconds) -> Seconds:

@@ -28,6 +28,9 @@ class DeviceFigures:
     """Smallest kernel, from its start to the next one's."""
     reference_w_per_tflop: float
     """Power limit over 16-bit peak of the device that the figures describe, in W per TFLOP/s."""
+    flash_head_dim: float
+    """Head dimension at which the softmax takes as long as the products of a fused attention: its rate is
+    d / (d + flash_head_dim) of the sustained one. Exponentials per clock are the same since Volta, products are not."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,6 @@ class ComputeConstants:
     """Kernels beside an 8- or 4-bit product: they find the scale of its 16-bit input and cast it."""
     cast_bytes: float
     """Bytes that these kernels move per element of that input."""
-    flash_head_dim: float
-    """Head dimension at which the softmax takes as long as the products of a fused attention: its rate is
-    d / (d + flash_head_dim) of the sustained one."""
     flash_ramp_keys: float
     """Starting and finishing a block of queries in a fused attention, in keys; more for the backward pass, which does
     more per key."""
@@ -56,9 +56,12 @@ class ComputeConstants:
     generations: Mapping[Generation, DeviceFigures]
 
 
-_AMPERE = DeviceFigures(0.854, 0.854, 0.780, 4.95e-6, 400 / 312)  # fitted (A100 SXM; 8-bit has no rows: as 16-bit)
-_HOPPER = DeviceFigures(0.828, 0.704, 0.821, 3.25e-6, 700 / 989.4)  # fitted (H100 SXM)
-_ADA = DeviceFigures(0.667, 0.613, 0.819, 2.0e-6, 350 / 362.05)  # fitted (L40S)
+# Fitted but for the last: the A100 SXM (8-bit has no rows: as 16-bit), the H100 SXM, the L40S. The last is read off the
+# rates of FlashAttention-2 on A100s (up to 73 % of the peak forward, 2307.08691, abstract) and of FlashAttention-3 on the
+# H100 (648 TFLOP/s forward with 16k keys, 2407.08608, figure 5), at head dimension 128; Ada has no rows: as Ampere.
+_AMPERE = DeviceFigures(0.854, 0.854, 0.780, 4.95e-6, 400 / 312, 20.0)
+_HOPPER = DeviceFigures(0.828, 0.704, 0.821, 3.25e-6, 700 / 989.4, 30.0)
+_ADA = DeviceFigures(0.667, 0.613, 0.819, 2.0e-6, 350 / 362.05, 20.0)
 _BLACKWELL_LAUNCH_S = 4.9e-6  # from the small collectives of B200 and GB200, by `launch_share`
 
 COMPUTE = ComputeConstants(
@@ -68,9 +71,8 @@ COMPUTE = ComputeConstants(
     tail=0.25,
     cast_launch_s=9.1e-6,
     cast_bytes=4.2,
-    # read off FlashAttention-3 (arXiv 2407.08608) figures 5 and 6: 648 and 561 TFLOP/s forward and
-    # backward at head dimension 128 and 16k keys, 467 and 316 at 512 keys, on an H100 that multiplies at 816
-    flash_head_dim=30.0,
+    # read off FlashAttention-3 (arXiv 2407.08608) figures 5 and 6: 561 TFLOP/s backward at head dimension 128 and 16k
+    # keys, 467 and 316 forward and backward at 512 keys, on an H100 that multiplies at 816
     flash_ramp_keys=150.0,
     flash_backward=0.87,
     generations=MappingProxyType(

@@ -35,7 +35,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Attention:
-    """A fused causal attention over `sequences` x `heads`."""
+    """A fused causal attention over `sequences` x `heads`, by `kernels` kernels that each see a part of the keys."""
 
     sequences: Size
     heads: Size
@@ -45,6 +45,7 @@ class Attention:
     head_dim: Size
     backward: bool = False
     kernel: AttentionKernel = "flash-3"
+    kernels: Size = 1
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ class Placement:
                 total[mine] = collective_seconds(self.cluster, kind, num_bytes[mine], group)
         return np.where(num_bytes > 0, total, 0.0)
 
+    def in_node(self, span: str) -> NDArray[np.bool_]:
+        """Whether the span's ranks stand in one node, per layout."""
+        ranks = [tier.ranks for tier in self.cluster.tiers]
+        node = next(index for index, held in enumerate(ranks) if held >= min(self.cluster.gpus_per_node, ranks[-1]))
+        inside = np.array([group.members[node] == group.size for group in self.groups])
+        return np.asarray(inside[self.spans[span]])
+
 
 def strides(table: LayoutTable) -> dict[str, Ints]:
     """Ranks between neighbours on each axis: the product of the axes that vary faster.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from triaxial.cluster.hardware import Device
 from triaxial.plan.cost.collectives import CollectiveKind
 from triaxial.plan.cost.compute import attention_seconds, gemm_seconds, pass_seconds
-from triaxial.plan.cost.operators import Attention, Axis, Block, Collective, Gemm, Operator, Pass
+from triaxial.plan.cost.operators import Attention, Axis, Block, Collective, Gemm, Operator, Pass, Size
 from triaxial.plan.cost.practice import attention_slowdown
 from triaxial.plan.cost.timed import timed_pass_seconds
 from triaxial.plan.workload import Precision
@@ -68,7 +68,7 @@ def price_operators(
     wide: Precision = "bf16" if precision in ("fp8", "fp4") else precision
     for op in operators:
         if not isinstance(op, Collective):
-            busy["kernels"] += op.kernels * (np.asarray(op.bytes) > 0) if isinstance(op, Pass) else 1
+            busy["kernels"] += _kernels(op)
         if isinstance(op, Gemm):
             own = precision if op.narrow else wide
             seconds = op.slowdown * gemm_seconds(device, op.m, op.n, op.k, own, batch=op.batch)
@@ -85,6 +85,7 @@ def price_operators(
                 head_dim=op.head_dim,
                 precision=wide,
                 backward=op.backward,
+                kernels=op.kernels,
             )
         elif isinstance(op, Pass):
             busy["passes"] += _pass_seconds(device, op, wide)
@@ -93,6 +94,13 @@ def price_operators(
             busy[op.axis] += seconds
             busy["collectives"] += seconds > 0
     return Seconds(**busy)
+
+
+def _kernels(op: Gemm | Attention | Pass) -> Size:
+    """Kernels that the host issues for an operator; a pass over nothing does not run."""
+    if isinstance(op, Gemm):
+        return 1
+    return op.kernels if isinstance(op, Attention) else op.kernels * (np.asarray(op.bytes) > 0)
 
 
 def _pass_seconds(device: Device, op: Pass, precision: Precision) -> Floats:

@@ -56,8 +56,8 @@ def _nearby_rate(shapes: Seconds, rates: Seconds, wanted: Sequence[Seconds]) -> 
 
 def timed_pass_seconds(timings: DeviceTimings, bytes: npt.ArrayLike, kernels: npt.ArrayLike, precision: str) -> Seconds:
     """Seconds of memory-bound work that moves `bytes` in `kernels` passes."""
-    moved = np.asarray(bytes, dtype=float) / timings.pass_bytes_per_s[precision]
-    return np.asarray(np.asarray(kernels) * timings.pass_launch_s[precision] + moved)
+    launch_s, bytes_per_s = timings.passes_in(precision)
+    return np.asarray(np.asarray(kernels) * launch_s + np.asarray(bytes, dtype=float) / bytes_per_s)
 
 
 def timed_collective_seconds(
@@ -71,11 +71,12 @@ def timed_collective_seconds(
     if not alike:
         return None
     curve = min(alike, key=lambda t: sum(abs(np.log2(a / b)) for a, b in zip(t.sharing, sharing)))
-    return _on_curve(curve, np.asarray(bytes, dtype=float))
+    return curve_seconds(curve, np.asarray(bytes, dtype=float))
 
 
-def _on_curve(curve: CollectiveTimings, bytes: Seconds) -> Seconds:
-    """Between two sizes on the line through both; below the least as long as that, beyond the largest by its rate."""
+def curve_seconds(curve: CollectiveTimings, bytes: Seconds) -> Seconds:
+    """Between two sizes on the line through both, as a latency and a rate make it; below the least as long as that,
+    beyond the largest by its rate."""
     sizes, seconds = np.array(curve.bytes, dtype=float), np.array(curve.seconds)
-    inside = np.exp(np.interp(np.log(np.maximum(bytes, 1.0)), np.log(sizes), np.log(seconds)))
+    inside = np.interp(bytes, sizes, seconds)
     return np.asarray(np.where(bytes > sizes[-1], seconds[-1] * bytes / sizes[-1], inside))

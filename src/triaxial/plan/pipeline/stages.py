@@ -36,6 +36,15 @@ class Loads:
         """The candidates of these layouts."""
         return Loads(*(field[:, layouts] for field in vars(self).values()))
 
+    def replaced(self, layouts: NDArray[np.int64], others: Loads) -> Loads:
+        """The same, but for these layouts."""
+        rows, new = self.rows(), others.rows()
+        more = max(0, new.shape[1] - rows.shape[1])
+        rows = np.pad(rows, ((0, 0), (0, more), (0, 0)))
+        rows[:, :, layouts] = 0
+        rows[:, : new.shape[1], layouts] = new
+        return Loads(*rows)
+
     def times(self, share: Floats) -> Loads:
         """Each part of it times a share, one per layout."""
         return Loads(*(field * share for field in vars(self).values()))
@@ -51,13 +60,20 @@ def stage_cut(model: ModelSpec, seq_len: int, placement: tuple[int, ...]) -> tup
     """
     head = model.vocab * model.hidden
     layer = (model.matmul_parameters - head) / model.num_layers + model.attention_width * seq_len
-    return _cut(model.num_layers, head / layer, placement)
+    # the embedding is a look-up
+    return _cut(model.num_layers, 0.0, head / layer, placement)
 
 
-@lru_cache(maxsize=4096)
-def _cut(num_layers: int, head_cost: float, placement: tuple[int, ...]) -> tuple[int, ...]:
-    # the embedding is a look-up: it costs next to nothing beside a layer
-    return placed_cut(num_layers, 0.01, head_cost, placement)
+def cut_around(num_layers: int, embedding: int, head: int, placement: tuple[int, ...]) -> tuple[int, ...]:
+    """The same, balanced by what embedding and head cost in per cent of an average rank's layers."""
+    rank = num_layers / (max(placement) + 1)
+    return _cut(num_layers, embedding / 100 * rank, head / 100 * rank, placement)
+
+
+@lru_cache(maxsize=16384)
+def _cut(num_layers: int, embedding: float, head: float, placement: tuple[int, ...]) -> tuple[int, ...]:
+    # even a free embedding makes its stage the fuller one of equals
+    return placed_cut(num_layers, max(embedding, 0.01), head, placement)
 
 
 def in_flight_limit(schedule: ScheduleKind, pp: int, vpp: int) -> Floats:
@@ -103,20 +119,37 @@ def rank_loads(cut: tuple[int, ...], pp: int, schedule: ScheduleKind, first_dens
     return Loads(dense_layers, expert_layers, embedding, head, in_flight_limit(schedule, pp, stages // pp))
 
 
-def heaviest_ranks(model: ModelSpec, seq_len: int, table: LayoutTable, micro_batches: NDArray[np.int64]) -> Loads:
+def heaviest_ranks(
+    model: ModelSpec,
+    seq_len: int,
+    table: LayoutTable,
+    micro_batches: NDArray[np.int64],
+    ends: NDArray[np.int64] | None = None,
+) -> Loads:
     """The ranks that can be the slowest or the fullest, for every layout: [candidates, layouts].
 
     A rank is left out when another holds at least as much of everything. Missing candidates are all zero.
+
+    Args:
+        ends: what embedding and head cost in per cent of an average rank's layers, [end, layout], for layouts without a
+            cut of their own to be cut by; None is by FLOP.
     """
     cut_ids = np.arange(len(table)) if len(table.cuts) > 1 else np.zeros(len(table), dtype=np.int64)
-    first, which = distinct(table.pp, table.vpp, table.schedule, cut_ids)
+    first, which = distinct(table.pp, table.vpp, table.schedule, cut_ids, *(() if ends is None else ends))
     fronts = []
     for row in first:
         pp, vpp, schedule = int(table.pp[row]), int(table.vpp[row]), SCHEDULES[table.schedule[row]]
-        cut = table.cut(row) or stage_cut(model, seq_len, stage_placement(schedule, pp, vpp))
+        placement = stage_placement(schedule, pp, vpp)
+        if ends is None:
+            balanced = stage_cut(model, seq_len, placement)
+        else:
+            embedding, head = ends[:, row].tolist()
+            balanced = cut_around(model.num_layers, embedding, head, placement)
+        cut = table.cut(row) or balanced
         fronts.append(_front(cut, pp, schedule, model.num_dense_layers))
-    most = max(front.shape[1] for front in fronts)
-    padded = np.stack([np.pad(front, ((0, 0), (0, most - front.shape[1]))) for front in fronts])  # [shape, field, rank]
+    padded = np.zeros((len(fronts), 5, max(front.shape[1] for front in fronts)))  # [shape, field, rank]
+    for shape, front in zip(padded, fronts):
+        shape[:, : front.shape[1]] = front
     dense_layers, expert_layers, embedding, head, limit = padded.transpose(1, 2, 0)[:, :, which]
     return Loads(dense_layers, expert_layers, embedding, head, np.minimum(limit, micro_batches))
 

@@ -13,9 +13,9 @@ from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.placement import Placement, data_stride, place
 from triaxial.plan.cost.practice import OURS
 from triaxial.plan.layout_table import RECOMPUTES, LayoutTable, distinct
-from triaxial.plan.pipeline.stages import heaviest_ranks
+from triaxial.plan.search.cuts import block_seconds, cut_loads, with_cuts
 from triaxial.plan.search.enumerate import count_members, families, members
-from triaxial.plan.training.block_seconds import PricedBlocks, model_seconds, price_blocks
+from triaxial.plan.training.block_seconds import ModelSeconds, PricedBlocks, model_seconds, price_blocks
 from triaxial.plan.training.constants import TRAINING
 from triaxial.plan.training.price import Estimate, all_ranks, estimates, fits, memory_of, step_seconds
 from triaxial.plan.training.zero_bubble_v import MOST_OPTIMISTIC, is_optimistic
@@ -46,6 +46,8 @@ class Space:
     """Seconds that no member of a family can beat."""
     least_bytes: Floats
     """Bytes that no member of a family can do without."""
+    blocks: Floats
+    """Seconds of each kind of block, [block, recompute, family]: members are cut by them (`cuts.py`)."""
 
     def where(self, families: NDArray[np.bool_]) -> Space:
         """The part of the space in which this holds."""
@@ -56,6 +58,7 @@ class Space:
             self.priced.for_layouts(rows, placement),
             self.bounds[rows],
             self.least_bytes[rows],
+            self.blocks[:, :, rows],
         )
 
 
@@ -73,8 +76,10 @@ def search_space(model: ModelSpec, cluster: Cluster, training: Training) -> Spac
         )
     every, placement = _placed_differently(cluster, every)
     priced = price_blocks(model, training, OURS, every, placement)
-    bounds = lower_bounds(model, training, every, priced)
-    return Space(every, priced, bounds, least_memory(model, training, every))
+    seconds = [model_seconds(priced, np.full(len(every), kind), OURS, TRAINING) for kind in range(len(RECOMPUTES))]
+    blocks = np.stack([block_seconds(each) for each in seconds], axis=1)
+    bounds = lower_bounds(model, training, every, seconds[RECOMPUTES.index("none")])
+    return Space(every, priced, bounds, least_memory(model, training, every), blocks)
 
 
 def search(
@@ -114,7 +119,7 @@ def search(
             break
         at += len(chosen)
         table, origin = members(model, training, candidates.take(chosen))
-        loads = heaviest_ranks(model, training.seq_len, table, table.micro_batches(training.global_batch))
+        loads, _ = cut_loads(model, cluster, training, table, space.blocks[:, table.recompute, chosen[origin]])
         peak = memory_of(model, training, OURS, table, loads).on(cluster.device).peak
         smallest = float(peak.min()) if len(tables) == 0 else smallest
         rows = np.flatnonzero(fits(cluster, peak))
@@ -156,7 +161,8 @@ def _exactly(
     can be faster than its own."""
     tried = count
     while True:
-        found = estimates(model, cluster, training, ranked.take(np.arange(min(tried, len(ranked)))))
+        first = ranked.take(np.arange(min(tried, len(ranked))))
+        found = estimates(model, cluster, training, with_cuts(model, cluster, training, first))
         found.sort(key=lambda e: e.step_time_s)
         if tried >= len(ranked) or found[count - 1].step_time_s <= steps[tried]:
             return tuple(found[:count])
@@ -175,10 +181,13 @@ def _placed_differently(cluster: Cluster, every: LayoutTable) -> tuple[LayoutTab
     return every.take(first), placement.take(first)
 
 
-def lower_bounds(model: ModelSpec, training: Training, table: LayoutTable, priced: PricedBlocks) -> Floats:
+def lower_bounds(model: ModelSpec, training: Training, table: LayoutTable, seconds: ModelSeconds) -> Floats:
     """Seconds that no member of a family can beat: its operators and collectives without recomputation, shared
-    evenly by the pipeline ranks, with no bubble, no transfers, no gradient reduction and no optimizer."""
-    seconds = model_seconds(priced, table.recompute, OURS, TRAINING)
+    evenly by the pipeline ranks, with no bubble, no transfers, no gradient reduction and no optimizer.
+
+    Args:
+        seconds: the families' blocks without recomputation.
+    """
     whole = seconds.total_on_rank(all_ranks(model, len(table)))[0]
     bounds: Floats = whole / table.pp * table.micro_batches(training.global_batch)
     return bounds

@@ -19,8 +19,9 @@ PLACEMENTS = tuple(order for order in ORDERS if "cp-dp" in order)
 """Rank orders: dp and cp reduce gradients together, so the one always follows the other."""
 
 
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+@lru_cache(maxsize=4096)
+def divisors(number: int) -> tuple[int, ...]:
+    return tuple(n for n in range(1, number + 1) if number % n == 0)
 
 
 def families(model: ModelSpec, cluster: Cluster, training: Training) -> LayoutTable:
@@ -34,7 +35,7 @@ def families(model: ModelSpec, cluster: Cluster, training: Training) -> LayoutTa
         for ep in _expert_parallel(model, dp * cp)
         for mb in divisors(training.global_batch // dp)
         for sp in ((0, 1) if tp > 1 and training.seq_len % (tp * cp) == 0 else (0,))
-        for order in _orders(tp, cp * dp, pp)
+        for order in _orders(tp > 1, cp * dp > 1, pp > 1)
     ]
     return LayoutTable(*np.array(rows, dtype=np.int64).reshape(-1, 13).T)
 
@@ -121,19 +122,21 @@ def _schedules(blocks: int, pp: int, interleaves: bool) -> Iterator[tuple[int, i
         )
 
 
-def _shardings(dp: int, cp: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4096)
+def _shardings(dp: int, cp: int) -> tuple[tuple[int, int], ...]:
     """(zero, shard)"""
     if dp * cp == 1:
-        return [(0, 0)]
+        return ((0, 0),)
     parts = [0, *divisors(dp)[1:-1]]
-    return [(0, 0), *((zero, shard) for zero in (1, 2, 3) for shard in parts)]
+    return ((0, 0), *((zero, shard) for zero in (1, 2, 3) for shard in parts))
 
 
-def _orders(tp: int, data: int, pp: int) -> list[int]:
-    """Rank orders that place some axis differently; axes of one rank have no place."""
+@lru_cache
+def _orders(tp: bool, data: bool, pp: bool) -> tuple[int, ...]:
+    """Rank orders that place some axis differently; axes of one rank, which is what False says, have no place."""
     seen: dict[tuple[str, ...], int] = {}
-    wide = {"tp": tp > 1, "dp": data > 1, "pp": pp > 1}
+    wide = {"tp": tp, "dp": data, "pp": pp}
     for order in PLACEMENTS:
         key = tuple(axis for axis in order.split("-") if wide.get(axis))
         seen.setdefault(key, ORDERS.index(order))
-    return list(seen.values())
+    return tuple(seen.values())

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from triaxial import BadInput, NoAnswer
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
-from triaxial.plan.layout import Layout, parse_layout
+from triaxial.plan.layout import Layout, parse_fields
 from triaxial.plan.search.best import Space, search
-from triaxial.plan.search.flips import REACH, Flip, flip_points
+from triaxial.plan.search.flips import Flip, flip_points
+from triaxial.plan.search.turn import REACH
 from triaxial.plan.search.what_if import Resource, has_network, scaled
 from triaxial.plan.training.price import Estimate, estimate
 from triaxial.plan.workload import Training
@@ -27,6 +27,7 @@ PART_WORDS = {
     "exposed_dp": "exposed data-parallel communication",
     "bubble": "the pipeline bubble",
     "optimizer": "the optimizer",
+    "data": "reading data",
 }
 
 
@@ -104,9 +105,13 @@ def why_not(text: str, winner: Estimate, model: ModelSpec, cluster: Cluster, tra
     Args:
         text: `tp=16`, or more of a layout. What is not named is as in the winner where that divides the GPUs; dp
             takes what is left.
+
+    Raises:
+        BadInput: no such field, or no such value.
     """
+    given = parse_fields(text)
     try:
-        layout = _completed(text, winner.layout, cluster)
+        layout = _completed(given, winner.layout, cluster)
         rival = estimate(model, cluster, training, layout)
     except BadInput as error:
         return f"Not {text}: {error}"
@@ -120,24 +125,19 @@ def why_not(text: str, winner: Estimate, model: ModelSpec, cluster: Cluster, tra
     return f"Not {layout}: it takes {ratio:+.1%}: {_difference(winner, rival)}"
 
 
-def _completed(text: str, winner: Layout, cluster: Cluster) -> Layout:
-    parse_layout(text)  # says what is wrong with keys and values
-    given = _pairs(text.replace(" ", ""))
-    merged = _pairs(str(winner)) | given
+def _completed(given: dict[str, Any], winner: Layout, cluster: Cluster) -> Layout:
+    merged = vars(winner) | {"cut": ()} | given
     for axis in ("cp", "pp", "tp"):
-        if axis not in given and cluster.num_gpus % _model_ranks(merged):
-            merged |= {axis: "1"} | ({"vpp": "1", "schedule": "1f1b"} if axis == "pp" else {})
-    merged |= {"dp": str(max(1, cluster.num_gpus // _model_ranks(merged)))} | given
-    return parse_layout(",".join(f"{key}={value}" for key, value in merged.items()))
+        if axis not in given and cluster.num_gpus % (_model_ranks(merged) * given.get("dp", 1)):
+            merged[axis] = 1
+    if merged["pp"] != winner.pp:  # the winner's virtual stages suit its pipeline
+        merged |= {"vpp": 1, "schedule": "1f1b"} | given
+    return Layout(**{**merged, "dp": max(1, cluster.num_gpus // _model_ranks(merged)), **given})
 
 
-def _pairs(text: str) -> dict[str, str]:
-    return dict(item.partition("=")[::2] for item in text.split(",") if item)
-
-
-def _model_ranks(sizes: dict[str, str]) -> int:
+def _model_ranks(sizes: dict[str, Any]) -> int:
     """Ranks that one copy of the model takes."""
-    return math.prod(int(sizes.get(axis, 1)) for axis in ("tp", "pp", "cp"))
+    return int(sizes["tp"] * sizes["pp"] * sizes["cp"])
 
 
 def _rivals(

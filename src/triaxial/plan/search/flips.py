@@ -15,12 +15,11 @@ from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout
 from triaxial.plan.legal import check_training_layout
 from triaxial.plan.search.best import search
+from triaxial.plan.search.turn import REACH, turning_point
 from triaxial.plan.search.what_if import Resource, has_network, scaled, with_gpus
 from triaxial.plan.training.price import estimate
 from triaxial.plan.workload import Training
 
-REACH = 3
-"""Doublings and halvings to look at: a circumstance that must change more than eightfold is no close call."""
 PRECISION = 1.03
 """Bisection stops when the flip is known to within this factor."""
 
@@ -99,7 +98,8 @@ def _best(model: ModelSpec, winner: Layout, world: World) -> Layout | None:
     """The best layout of a changed world; today's winner, where it still works, tells the search when to stop."""
     try:
         now = estimate(model, *world, winner)
-        at_most = now.step_time_s * (1 + 1e-9) if now.fits else np.inf
+        # a search may cut its stages otherwise
+        at_most = now.step_time_s * 1.01 if now.fits else np.inf
     except BadInput:
         at_most = np.inf
     try:
@@ -121,24 +121,13 @@ def _continuous(
     winner: Layout,
     upward: bool,
 ) -> Flip:
-    """Double or halve until the winner changes, then bisect."""
-    step = 2.0 if upward else 0.5
-    near, far, found = 1.0, 1.0, None
-    for _ in range(REACH):
-        near, far = far, far * step
-        found = wins(vary(far))
-        if not _same(found, winner):
-            break
-    else:
+    turn = turning_point(
+        lambda factor: wins(vary(factor)), lambda found: _same(found, winner), upward=upward, precision=PRECISION
+    )
+    if turn is None:
         return Flip(what, now, None, "", unit, upward)
-    while max(near / far, far / near) > PRECISION:
-        middle = (near * far) ** 0.5
-        there = wins(vary(middle))
-        if _same(there, winner):
-            near = middle
-        else:
-            far, found = middle, there
-    return Flip(what, now, now * far, str(found or ""), unit, upward)
+    factor, found = turn
+    return Flip(what, now, now * factor, str(found or ""), unit, upward)
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,12 @@ def _pair_seconds(model: ModelSpec, pricer: Pricer, tp: int) -> float:
     """Two products of head_dim per head; without a fused kernel over seen and unseen keys alike, and three kernels
     (scores, softmax, values) that write or read every score in 16 bits, softmax doing both."""
     head_dim = model.attention_width / model.num_heads
+    if pricer.probed is not None:
+        return 4 * model.attention_width / tp / pricer.probed.attention_flop_per_s
     if pricer.device.timings is not None:
         return _probed_pair_seconds(model, pricer, tp, head_dim)
-    rate = pricer.attention_flop_per_s * head_dim / (head_dim + COMPUTE.flash_head_dim)
+    softmax = COMPUTE.generations[pricer.device.generation].flash_head_dim
+    rate = pricer.attention_flop_per_s * head_dim / (head_dim + softmax)
     products = 4 * model.attention_width / tp / rate
     if pricer.engine.fused_attention:
         return products
@@ -89,6 +92,8 @@ def _probed_pair_seconds(model: ModelSpec, pricer: Pricer, tp: int, head_dim: fl
 def _token_seconds(model: ModelSpec, pricer: Pricer, tp: int, kv: KVPrecision) -> float:
     """Reads from memory, or, where the kernel does not share them among query heads, from the cache."""
     per_token = kv_bytes(model, tp, kv)
+    if pricer.probed is not None:
+        return per_token / pricer.probed.kv_bytes_per_s
     from_memory = per_token / (pricer.stream * pricer.constants.kv_gain)
     group = model.num_heads // model.num_kv_heads
     shared = pricer.engine.grouped_heads

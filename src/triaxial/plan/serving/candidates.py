@@ -1,7 +1,8 @@
-"""`Candidate`: one way to cut a model over the GPUs of a replica, and all of them that a cluster allows."""
+"""`Candidate`: one way to cut a model over the GPUs of a replica; all that a cluster allows, and each in closed form."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,8 @@ from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout
 from triaxial.plan.serving.clock import Clock
+from triaxial.plan.serving.closed_form import Steady, steady
+from triaxial.plan.serving.demand import Demand, Objective
 from triaxial.plan.serving.engine import Engine
 from triaxial.plan.serving.limits import Limits
 from triaxial.plan.serving.memory import ServingMemory, serving_memory
@@ -51,13 +54,16 @@ class Candidate:
         return serving_memory(self.model, self.cluster, self.layout, work, self.cost.engine)
 
     def limits(self, max_batch: int, chunk_tokens: int) -> Limits:
-        kv_tokens = self.memory(max_batch, chunk_tokens).max_kv_tokens
-        return Limits(max_batch=max_batch, chunk_tokens=chunk_tokens, kv_tokens=kv_tokens)
+        memory = self.memory(max_batch, chunk_tokens)
+        return Limits(
+            max_batch=max_batch,
+            chunk_tokens=chunk_tokens,
+            kv_tokens=memory.max_kv_tokens,
+            window=memory.farthest_window,
+        )
 
     def serve(self, traffic: Traffic, limits: Limits, replicas: int = 1) -> Served:
-        """Simulate, as clients see it."""
-        served = simulate(traffic, self.clock, limits, replicas=replicas)
-        return replace(served, request_s=self.cost.host.request_s)
+        return simulate(traffic, self.clock, limits, replicas=replicas)
 
     def holds(self, tokens: int) -> bool:
         """Whether the leanest replica has room for one request of so many tokens."""
@@ -89,3 +95,50 @@ def replica_sizes(model: ModelSpec, cluster: Cluster) -> Iterator[tuple[int, int
             if -(-model.num_layers // pp) < slowest:
                 slowest = -(-model.num_layers // pp)
                 yield tp, pp
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A candidate in its steady state."""
+
+    candidate: Candidate
+    limits: Limits
+    table: Steady
+    score: float
+    """The objective: less is better, infinite if it cannot be met."""
+    rate: float
+    """Requests per second of one replica at most, within the targets."""
+    sequences: float
+    """That then run."""
+
+
+def screen(candidate: Candidate, demand: Demand, objective: Objective) -> Screened:
+    """The limits under which the steady state is best, and how good that is."""
+    return min((screen_at(candidate, demand, objective, chunk) for chunk in CHUNK_TOKENS), key=lambda s: s.score)
+
+
+def screen_at(candidate: Candidate, demand: Demand, objective: Objective, chunk: int) -> Screened:
+    """The same with so many tokens in a step."""
+    largest = candidate.largest_batch(chunk, demand.longest)
+    limits = candidate.limits(largest or MAX_BATCHES[0], chunk)
+    table = steady(candidate.cost, limits, demand.mean_input, demand.mean_output)
+    rate, sequences = table.fastest(demand.ttft_s, demand.tpot_s)
+    gpus, replicas = candidate.replica_gpus, candidate.most_replicas
+    if objective == "latency" or (objective == "gpus" and demand.rate is None):
+        row = table.at_rate((demand.rate or 0.0) / replicas)
+        latency = math.inf if row is None else table.ttft_s[row] + demand.mean_output * table.tpot_s[row]
+        sequences = sequences if row is None else table.sequences[row]
+        score = latency if objective == "latency" else gpus
+    elif demand.rate is None:
+        score = gpus / rate if rate else math.inf
+    else:
+        score = demand.rate / rate * gpus if rate else math.inf
+    if largest is None:
+        score = math.inf
+    batch = _batch_for(sequences, limits.max_batch)
+    return Screened(candidate, candidate.limits(batch, chunk), table, float(score), rate, float(sequences))
+
+
+def _batch_for(sequences: float, most: int) -> int:
+    """Room for as many as run on average, and half as many again for when more come at once."""
+    return next((batch for batch in MAX_BATCHES if 1.5 * sequences <= batch <= most), most)

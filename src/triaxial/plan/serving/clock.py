@@ -17,6 +17,9 @@ class CostOfStep(Protocol):
     @property
     def pipeline_ranks(self) -> int: ...
 
+    @property
+    def request_s(self) -> float: ...
+
     def seconds(
         self,
         prefill_tokens: float,

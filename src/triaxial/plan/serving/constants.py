@@ -92,29 +92,29 @@ SERVING = ServingConstants(
     # fitted by bench/fit_serving.py, but for what says otherwise
     stream=MappingProxyType(
         {
-            "gddr": 0.844,
-            "ampere": 0.781,
-            "hopper": 0.821,
-            "blackwell": 0.726,
+            "gddr": 0.85,
+            "ampere": 0.785,
+            "hopper": 0.832,
+            "blackwell": 0.716,
             # no rows: made in the processes of the ones before
-            "cdna3": 0.821,
-            "volta": 0.781,
+            "cdna3": 0.832,
+            "volta": 0.785,
         }
     ),
-    kv_gain=1.17,
-    cache_gain=2.03,
-    held_rate=0.922,
-    graph_kernel_s=1.4e-06,
-    eager_kernel_s=7.91e-06,
-    direct_rate=0.295,
+    kv_gain=1.16,
+    cache_gain=1.98,
+    held_rate=0.926,
+    graph_kernel_s=1.62e-06,
+    eager_kernel_s=7.94e-06,
+    direct_rate=0.236,
     hosts=MappingProxyType(
         {
-            "fastertransformer": HostTimes(step_s=0.000239, sequence_s=5.7e-05),
+            "fastertransformer": HostTimes(step_s=0.000247, sequence_s=5.71e-05),
             # kernel_s: read off its published rows with one sequence
-            "megatron-lm": HostTimes(step_s=0.000239, sequence_s=5.7e-05, kernel_s=65e-6),
-            "tensorrt-llm-static": HostTimes(step_s=0.00056, sequence_s=3.23e-06),
-            "tensorrt-llm": HostTimes(step_s=0.000758, sequence_s=1.29e-05, request_s=0.0368),
-            "vllm": HostTimes(step_s=0.00215, sequence_s=3.22e-05, request_s=0.0256),
+            "megatron-lm": HostTimes(step_s=0.000247, sequence_s=5.71e-05, kernel_s=65e-6),
+            "tensorrt-llm-static": HostTimes(step_s=0.000599, sequence_s=3.27e-06),
+            "tensorrt-llm": HostTimes(step_s=0.000859, sequence_s=1.25e-05, request_s=0.037),
+            "vllm": HostTimes(step_s=0.00152, sequence_s=2.57e-05, request_s=0.0235),
             "triaxial": HostTimes(step_s=1e-3, sequence_s=20e-6),  # assumed until its server is measured
         }
     ),

@@ -24,6 +24,10 @@ class Engine:
     """Share of a device's memory that the engine fills."""
     direct_all_reduce: bool = True
     """Small all-reduces by kernels that read the peers' memory over NVLink; False leaves all to NCCL."""
+    fused_all_reduce: bool = False
+    """The residual and the norm behind an all-reduce run in its kernel."""
+    casts_apart: bool = False
+    """Inputs of products in 8 bits are cast by kernels of their own, not by those that made them."""
     grouped_heads: tuple[int, ...] | None = None
     """Query heads per kv head for which decoding reads keys and values once; for other groups every query head reads
     them again, from the cache. None: any group."""
@@ -51,14 +55,18 @@ class Engine:
 OURS = Engine(name="triaxial", host="triaxial", graphs=False, direct_all_reduce=False)
 """Triaxial's own engine."""
 
-VLLM = Engine(name="vllm", host="vllm")
+VLLM = Engine(name="vllm", host="vllm", casts_apart=True)
 """vLLM from 0.6: chunked prefill, captured graphs, `gpu_memory_utilization` 0.9 (its "Engine Arguments"), its own
-all-reduce kernels (its pull request 2192)."""
+all-reduce kernels (its pull request 2192). It casts to fp8 before every product (`scaled_fp8_quant` of its fp8 linear
+layers); later versions fuse casts, norms and all-reduces (its "Fusion torch.compile passes")."""
 
 SGLANG = replace(VLLM, name="sglang")
 
-TENSORRT_LLM = Engine(name="tensorrt-llm", host="tensorrt-llm", chunked_prefill=False, reserves_outputs=True)
-"""TensorRT-LLM from 1.0 with its defaults: whole prompts, GUARANTEED_NO_EVICT (its "Useful Runtime Options")."""
+TENSORRT_LLM = Engine(
+    name="tensorrt-llm", host="tensorrt-llm", chunked_prefill=False, reserves_outputs=True, fused_all_reduce=True
+)
+"""TensorRT-LLM from 1.0 with its defaults: whole prompts, GUARANTEED_NO_EVICT (its "Useful Runtime Options"), norms in
+its all-reduces (its `AllReduceFusionOp.RESIDUAL_RMS_NORM`)."""
 
 TENSORRT_LLM_1_0 = replace(TENSORRT_LLM, name="tensorrt-llm-1.0", spare_slots=1)
 """Its first release candidates under a limit of sequences: the published first tokens grow by one generation over the
@@ -69,6 +77,7 @@ TENSORRT_LLM_0_9 = replace(
     name="tensorrt-llm-0.9",
     host="tensorrt-llm-static",
     continuous=False,
+    fused_all_reduce=False,
     graphs=False,
     grouped_heads=(1, 8),
 )

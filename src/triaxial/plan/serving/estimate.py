@@ -77,7 +77,7 @@ def estimate_serving(
     return ServingEstimate(
         layout=layout,
         engine=engine.name,
-        ttft_s=ttft_seconds(served, cost),
+        ttft_s=float(served.ttft_s.mean()),
         tpot_s=tpot_seconds(served),
         output_tokens_per_s=served.output_tokens_per_s,
         max_batch=held,
@@ -87,11 +87,6 @@ def estimate_serving(
         prefill_s=_numbers(cost.parts(*prompt)),
         decode_s=_numbers(cost.parts(*middle)),
     )
-
-
-def ttft_seconds(served: Served, cost: StepCost) -> float:
-    """Mean time to the first token as a client sees it."""
-    return float(served.ttft_s.mean()) + cost.host.request_s
 
 
 def tpot_seconds(served: Served) -> float:
@@ -119,10 +114,12 @@ def limits_of(work: Serving, cost: StepCost) -> Limits:
         slots = min(slots, max(1, memory.max_sequences(work.input_len + work.output_len)))
     # whole prompts get room beside the sequences that decode
     chunk = work.chunk_tokens if engine.chunked_prefill else work.chunk_tokens + slots
-    kv_tokens = memory.max_sequences(longest) and int(memory.kv_bytes_free / memory.sequence_bytes(longest) * longest)
-    return Limits(
-        max_batch=slots, chunk_tokens=max(chunk, slots), kv_tokens=kv_tokens or slots * (longest + BLOCK_TOKENS)
-    )
+    window, kv_tokens = memory.farthest_window, memory.max_kv_tokens
+    if window is None:  # layers with a window hold less of a sequence than the others: as if memory held more
+        kv_tokens = int(memory.kv_bytes_free / memory.sequence_bytes(longest) * longest)
+    if memory.max_sequences(longest) == 0:
+        kv_tokens = slots * (longest + BLOCK_TOKENS)
+    return Limits(max_batch=slots, chunk_tokens=chunk, kv_tokens=kv_tokens, window=window)
 
 
 def _gib(memory: ServingMemory, kv_bytes: float) -> dict[str, float]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from triaxial.plan.serving.candidates import Candidate
-from triaxial.plan.serving.demand import Demand
+from triaxial.plan.serving.demand import Demand, Objective
 from triaxial.plan.serving.flips import Flip, flip_points
-from triaxial.plan.serving.operate import carried_rate
-from triaxial.plan.serving.option import Objective, Option
+from triaxial.plan.serving.option import Option, carried_rate
 from triaxial.plan.serving.search import Found, alone_in
 from triaxial.plan.serving.served import Served
 

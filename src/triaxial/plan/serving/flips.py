@@ -12,17 +12,14 @@ from dataclasses import dataclass, replace
 
 from triaxial.cluster.hardware import NETWORK_LINKS
 from triaxial.cluster.spec import Cluster
+from triaxial.plan.search.turn import REACH, turning_point
 from triaxial.plan.search.what_if import Resource, has_network, scaled
-from triaxial.plan.serving.candidates import Candidate
-from triaxial.plan.serving.demand import Demand
-from triaxial.plan.serving.operate import OF_CLOSED_FORM
-from triaxial.plan.serving.option import Objective, Option
-from triaxial.plan.serving.screen import screen
+from triaxial.plan.serving.candidates import Candidate, screen
+from triaxial.plan.serving.demand import Demand, Objective
+from triaxial.plan.serving.option import OF_CLOSED_FORM, Option
 from triaxial.plan.serving.search import Found
 from triaxial.plan.serving.step import step_cost
 
-REACH = 3
-"""Doublings and halvings to look at: a circumstance that must change more than eightfold is no close call."""
 PRECISION = 1.05
 """Bisection stops when the flip is known to within this factor."""
 CONTENDERS = 8
@@ -135,23 +132,9 @@ def _with_link(resource: Resource) -> Change:
 def _find(
     best: Callable[[float], Candidate | None], winner: Candidate, what: str, now: float, unit: str, upward: bool
 ) -> Flip:
-    """Double or halve until the winner changes, then bisect."""
-    step = 2.0 if upward else 0.5
-    near, far = 1.0, 1.0
-    found: Candidate | None = winner
-    for _ in range(REACH):
-        near, far = far, far * step
-        found = best(far)
-        if found is not winner:
-            break
-    else:
+    turn = turning_point(best, lambda found: found is winner, upward=upward, precision=PRECISION)
+    if turn is None:
         return Flip(what, now, None, "", unit, upward)
-    while max(near / far, far / near) > PRECISION:
-        middle = (near * far) ** 0.5
-        there = best(middle)
-        if there is winner:
-            near = middle
-        else:
-            far, found = middle, there
+    factor, found = turn
     split = f"tp={found.layout.tp}, pp={found.layout.pp}" if found else ""
-    return Flip(what, now, now * far, split, unit, upward)
+    return Flip(what, now, now * factor, split, unit, upward)

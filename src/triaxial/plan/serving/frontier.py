@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triaxial.plan.serving.candidates import MAX_BATCHES
+from triaxial.plan.serving.candidates import MAX_BATCHES, Screened
 from triaxial.plan.serving.demand import Demand
-from triaxial.plan.serving.screen import Screened
 
 Floats = NDArray[np.float64]
 

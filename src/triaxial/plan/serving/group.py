@@ -10,19 +10,20 @@ from collections.abc import Iterable
 class Group:
     """Each step gives every member a token. Members are numbered by their arrival.
 
-    `held` of a member is the number of its tokens in the KV cache; a member with `held` tokens in blocks of
-    `block_tokens` takes a new block in its next step if it has filled the last one.
+    `held` of a member is the number of its tokens, of which the first may lie behind a sliding window. In its next step
+    it gives back blocks that lie there wholly, and then takes a new one if it has filled the last.
     """
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, window: int | None = None) -> None:
         self.members: list[int] = []  # sorted
         self.context = 0
         """Tokens that all members hold."""
-        self._block_tokens = block_tokens
+        self._block_tokens, self._window = block_tokens, window
         self._steps = 0
         self._base: dict[int, int] = {}  # tokens a member would have held before the group's first step
         self._ends: list[tuple[int, int]] = []  # a heap: (the group's step that gives its last token, member)
         self._filling = [0] * block_tokens  # members by base modulo block_tokens
+        self._dropped: dict[int, int] = {}  # blocks that a member has given back, where there is a window
 
     def __len__(self) -> int:
         return len(self.members)
@@ -30,16 +31,19 @@ class Group:
     def __contains__(self, member: int) -> bool:
         return member in self._base
 
-    def add(self, member: int, held: int, left: int) -> None:
-        """A member joins that holds so many tokens and has yet to give `left` of them, at least 1."""
+    def add(self, member: int, held: int, left: int, dropped: int = 0) -> None:
+        """A member joins with so many tokens, which has yet to give `left` of them, at least 1, and has given back
+        `dropped` blocks."""
         bisect.insort(self.members, member)
         self.context += held
         base = self._base[member] = held - self._steps
         self._filling[base % self._block_tokens] += 1
         heapq.heappush(self._ends, (self._steps + left, member))
+        if self._window is not None:
+            self._dropped[member] = dropped
 
     def remove(self, member: int) -> tuple[int, int]:
-        """Returns: the tokens that it holds, and has yet to give."""
+        """Returns: the blocks that it holds, and the tokens that it has yet to give."""
         end = next(end for end, who in self._ends if who == member)
         self._ends.remove((end, member))
         heapq.heapify(self._ends)
@@ -50,7 +54,7 @@ class Group:
         base = self._base.pop(member)
         self._filling[base % self._block_tokens] -= 1
         self.context -= base + self._steps
-        return base + self._steps
+        return -(-(base + self._steps) // self._block_tokens) - self._dropped.pop(member, 0)
 
     @property
     def steps_left(self) -> int:
@@ -65,8 +69,28 @@ class Group:
             blocks += self._filling[-step % self._block_tokens]
         return blocks
 
+    def dropped_blocks(self, steps: int) -> int:
+        """Blocks that the members give back in the next so many steps."""
+        return sum(self._behind(member, steps) - dropped for member, dropped in self._dropped.items())
+
+    def _behind(self, member: int, steps: int) -> int:
+        """Blocks that a member has given back after so many more steps: those that its last token did not see."""
+        assert self._window is not None
+        return max(0, self._base[member] + self._steps + steps - self._window) // self._block_tokens
+
+    def lacks(self, blocks: int) -> bool:
+        """Whether so many blocks are too few for the next step, in which the members give back and take in turn."""
+        if self._window is None or self.new_blocks(1) <= blocks:
+            return self.new_blocks(1) > blocks
+        for member in self.members:
+            blocks += self._behind(member, 1) - self._dropped[member]
+            blocks -= (self._base[member] + self._steps) % self._block_tokens == 0
+            if blocks < 0:
+                return True
+        return False
+
     def steps_within(self, blocks: int, most: int) -> int:
-        """The most of `most` steps that take no more than so many blocks."""
+        """The most of `most` steps that take no more than so many blocks, whatever is given back."""
         if self.new_blocks(most) <= blocks:
             return most
         rounds = blocks // len(self.members)
@@ -76,11 +100,13 @@ class Group:
         return steps
 
     def step(self, steps: int = 1) -> None:
+        for member in self._dropped:
+            self._dropped[member] = self._behind(member, steps)
         self._steps += steps
         self.context += steps * len(self.members)
 
     def pop_ended(self) -> list[tuple[int, int]]:
-        """Members that have given their last token leave; each with the tokens that it held."""
+        """Members that have given their last token leave; each with the blocks that it held."""
         ended = []
         while self._ends and self._ends[0][0] <= self._steps:
             member = heapq.heappop(self._ends)[1]
@@ -89,7 +115,7 @@ class Group:
 
     def split(self, first: int) -> Group:
         """The first so many members leave as a group of their own."""
-        leaving = Group(self._block_tokens)
+        leaving = Group(self._block_tokens, self._window)
         leaving._take(self, self.members[:first])
         return leaving
 
@@ -100,7 +126,8 @@ class Group:
     def _take(self, other: Group, members: Iterable[int]) -> None:
         left = {member: end - other._steps for end, member in other._ends}
         for member in members:
-            self.add(member, other._base[member] + other._steps, left[member])
+            held, dropped = other._base[member] + other._steps, other._dropped.get(member, 0)
+            self.add(member, held, left[member], dropped)
             other._forget(member)
         other._ends = [(end, member) for end, member in other._ends if member in other._base]
         heapq.heapify(other._ends)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from triaxial import BadInput
-
 BLOCK_TOKENS = 16
 """Tokens of one sequence that a block of the KV cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Sizes of one replica.
-
-    Raises:
-        BadInput: more sequences than tokens in a step, so that not all could decode.
-    """
+    """Sizes of one replica. Where fewer tokens go into a step than sequences run, the oldest ones decode."""
 
     max_batch: int
     """Sequences that run at a time."""
@@ -25,13 +19,8 @@ class Limits:
     kv_tokens: int
     """Tokens that the KV cache holds."""
     block_tokens: int = BLOCK_TOKENS
-
-    def __post_init__(self) -> None:
-        if self.max_batch > self.chunk_tokens:
-            raise BadInput(
-                f"max-batch {self.max_batch} is more than the {self.chunk_tokens} tokens of a step: "
-                "lower it, or raise chunk-tokens"
-            )
+    window: int | None = None
+    """Keys that the farthest-seeing layer sees: blocks behind it are given back. None: it sees all."""
 
     @property
     def kv_blocks(self) -> int:
@@ -45,3 +34,7 @@ class Limits:
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold so many tokens of one sequence."""
         return -(-tokens // self.block_tokens)
+
+    def blocks_behind(self, computed: int) -> int:
+        """Blocks wholly behind the window of the token that follows so many."""
+        return 0 if self.window is None else max(0, computed + 1 - self.window) // self.block_tokens

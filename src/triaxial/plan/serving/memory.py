@@ -40,6 +40,11 @@ class ServingMemory:
         """Tokens that all running sequences together can hold."""
         return max(0, int(self.kv_bytes_free / self.kv_bytes_per_token))
 
+    @property
+    def farthest_window(self) -> int | None:
+        """Keys that the farthest-seeing layer sees; None: all of them."""
+        return self.window if self.windowed_share == 1 else None
+
     def sequence_bytes(self, tokens: float) -> float:
         """Keys and values of a sequence of so many tokens."""
         windowed = min(tokens, self.window) if self.windowed_share else tokens
@@ -56,18 +61,19 @@ def serving_memory(
 ) -> ServingMemory:
     """Bytes of the rank that holds most: the first stage has the embedding, the last one the head."""
     tp = layout.tp
-    bounds = layer_bounds(model.num_layers, layout.pp)
-    weights = [_stage_weights(model, tp, work, first, end) for first, end in pairwise(bounds)]
+    stages = [(first, end) for first, end in pairwise(layer_bounds(model, layout, engine)) if first < end]
+    weights = [_stage_weights(model, tp, work, first, end) for first, end in stages]
     fullest = weights.index(max(weights))
-    first, end = bounds[fullest], bounds[fullest + 1]
+    first, end = stages[fullest]
     windowed = max(0, end - max(first, model.first_windowed_layer)) if model.sliding_window else 0
     element = activation_bytes(work)
     activations = work.chunk_tokens * (4 * model.hidden + 3 * model.ffn / tp) * element
     logits = work.max_batch * model.vocab * (element + 4)  # and fp32 to sample from
+    probed = cluster.device.timings
     return ServingMemory(
         capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
         weights_bytes=weights[fullest],
-        workspace_bytes=FRAMEWORK_RESERVE_BYTES + activations + logits,
+        workspace_bytes=(probed.reserve_bytes if probed else FRAMEWORK_RESERVE_BYTES) + activations + logits,
         kv_bytes_per_token=kv_bytes(model, tp, work.kv_precision) * (end - first),
         windowed_share=windowed / (end - first),
         window=model.sliding_window or 0,

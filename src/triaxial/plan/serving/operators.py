@@ -48,6 +48,19 @@ def head_operators(model: ModelSpec, tp: int, rows: Floats, precision: WeightPre
     ]
 
 
+def with_fused_all_reduces(operators: list[Operator]) -> list[Operator]:
+    """A layer's operators where the residual behind an all-reduce and the norm behind that are parts of its kernel; the
+    first norm is that of the layer before."""
+    inside, found = 1, list[Operator]()
+    for op in operators:
+        if isinstance(op, Collective) and op.kind == "all_reduce":
+            inside = 2
+        elif isinstance(op, Pass) and inside:
+            inside, op = inside - 1, replace(op, kernels=0)
+        found.append(op)
+    return found
+
+
 def _token(precision: WeightPrecision) -> Training:
     """A micro-batch of n sequences of one token is what the blocks' lists need to tell of n tokens in a step."""
     return Training(global_batch=1, seq_len=1, precision="fp32" if precision == "fp32" else "bf16")

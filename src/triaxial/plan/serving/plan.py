@@ -8,11 +8,11 @@ from typing import Any
 from triaxial import BadInput
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
-from triaxial.plan.serving.demand import Demand
+from triaxial.plan.serving.demand import Demand, Objective
 from triaxial.plan.serving.engine import VLLM, Engine
 from triaxial.plan.serving.explain import Why, explain
 from triaxial.plan.serving.frontier import Point, frontier
-from triaxial.plan.serving.option import Objective, Option
+from triaxial.plan.serving.option import Option
 from triaxial.plan.serving.search import Progress, search
 from triaxial.plan.serving.workload import Serving
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from triaxial.cluster.hardware import Device, Precision
 from triaxial.cluster.spec import Cluster
+from triaxial.cluster.timings import EngineRates
 from triaxial.plan.cost.collectives import CollectiveKind, Group, collective_seconds, direct_all_reduce_seconds
 from triaxial.plan.cost.compute import gemm_seconds, launch_seconds, sustained_flop_per_s
 from triaxial.plan.cost.constants import COMPUTE, ComputeConstants
@@ -18,6 +19,7 @@ from triaxial.plan.cost.operators import Attention, Gemm, Operator, Pass
 from triaxial.plan.cost.timed import timed_pass_seconds
 from triaxial.plan.serving.constants import ServingConstants
 from triaxial.plan.serving.engine import Engine
+from triaxial.plan.serving.probed import probed_engine, product_seconds
 from triaxial.plan.serving.workload import STORED_BYTES, WeightPrecision
 
 Floats = NDArray[np.float64]
@@ -70,6 +72,12 @@ class Pricer:
         """What activations are, and weights that are never quantised."""
         return "fp32" if self.precision == "fp32" else "bf16"
 
+    @cached_property
+    def probed(self) -> EngineRates | None:
+        """What a probe has measured of the engine."""
+        timings = probed_engine(self.device, self.engine)
+        return None if timings is None else timings.rates_in(self.wide)
+
     @property
     def kernel_s(self) -> float:
         """Start of a kernel; what a probe has timed includes it."""
@@ -93,10 +101,8 @@ class Pricer:
                 found["weights"] += weights
                 found["compute"] += compute
                 kernels += 1
-                if (
-                    op.narrow and multiplied_in(self.device, self.precision) == "fp4"
-                ):  # its scales are those of 16 neighbours: a kernel finds them
-                    found["passes"] += op.batch * op.m * op.k * (2 + STORED_BYTES["fp4"]) / self.stream
+                if op.narrow and (cast := self._cast_apart) is not None:
+                    found["passes"] += op.batch * op.m * op.k * (2 + STORED_BYTES[cast]) / self.stream
                     kernels += 1
             elif isinstance(op, Pass):
                 found["passes"] += self._pass(op)
@@ -108,6 +114,13 @@ class Pricer:
                     kernels += 1
         found["launches"] += kernels * self.kernel_s
         return Terms({term: np.where(GRID > 0, values, 0.0) for term, values in found.items()}, kernels)
+
+    @cached_property
+    def _cast_apart(self) -> WeightPrecision | None:
+        """What a kernel of its own casts products' inputs to: fp4 always, whose scales are those of 16 neighbours."""
+        narrow: tuple[WeightPrecision, ...] = ("fp4", "fp8", "int8") if self.engine.casts_apart else ("fp4",)
+        cast = multiplied_in(self.device, self.precision)
+        return next((precision for precision in narrow if precision == cast), None)
 
     @property
     def stream(self) -> float:
@@ -121,12 +134,20 @@ class Pricer:
         return np.asarray(collective_seconds(self.cluster, kind, size, self.tp))
 
     def _pass(self, op: Pass) -> Floats:
+        if self.probed is not None:
+            launched = np.asarray(op.kernels) * self.probed.pass_launch_s
+            return np.asarray(launched + np.asarray(op.bytes) / self.probed.pass_bytes_per_s)
         if self.device.timings is not None:
             return timed_pass_seconds(self.device.timings, op.bytes, op.kernels, self.wide)
         return np.asarray(op.bytes / self.stream)
 
     def _gemm(self, op: Gemm) -> tuple[Floats, Floats]:
         """Seconds that reading the weights takes, and what the product takes beyond."""
+        if self.probed is not None:
+            whole = op.batch * product_seconds(self.probed.products, op.m, op.n, op.k)
+            one_row = op.batch * product_seconds(self.probed.products, 1, op.n, op.k)
+            weights = np.minimum(np.broadcast_to(one_row, whole.shape), whole)
+            return weights, whole - weights
         stored: WeightPrecision = self.precision if op.narrow else self.wide
         seconds = gemm_seconds(
             self._streaming_device,

@@ -1,8 +1,7 @@
 """`Replica`: one engine under the rules of `triaxial.serve.batching`, moved from event to event instead of token to token.
 
 What decodes is a `Group`, of which only sums are kept; a run of equal decode steps is one event. The rules, their order
-and their rounding are the engine's: `tests/plan/serving/test_engine_rules.py` holds every step against it. Only a
-sliding window gives no blocks back here.
+and their rounding are the engine's: `tests/plan/serving/test_engine_rules.py` holds every step against it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from collections import deque
 from triaxial.plan.serving.clock import Clock
 from triaxial.plan.serving.flight import Flight, Stages
 from triaxial.plan.serving.group import Group
-from triaxial.plan.serving.life import Life, Step, Totals
 from triaxial.plan.serving.limits import Limits
+from triaxial.plan.serving.served import Life, Step, Totals
 
 
 class Replica:
@@ -33,7 +32,7 @@ class Replica:
         self._waiting: deque[int] = deque()  # by arrival
         self._running: list[int] = []  # by arrival: the youngest last, and all of them older than those that wait
         self._partial: int | None = None  # the running one whose prompt is not in steps to its end
-        self._ready = Group(limits.block_tokens)
+        self._ready = self._no_group()
         self._flights: deque[Flight] = deque()
         self._free = limits.kv_blocks
         self._outstanding = 0
@@ -94,8 +93,7 @@ class Replica:
             most //= 2
         for run in self._stages.send_in_turn(self._flights, most, until) if most else ():
             self._count(run)
-            self._free -= run.group.new_blocks(run.steps)
-            run.group.step(run.steps)
+            self._step(run.group, run.steps)
         order = sorted(self._flights, key=lambda flight: flight.end)
         self._flights = deque(order)
 
@@ -111,11 +109,9 @@ class Replica:
         group, answered = flight.group, []
         self._count(flight)
         if len(group):
-            more = flight.steps - 1  # the first was counted when it was sent
-            self._free -= group.new_blocks(more)
-            group.step(more)
-            for request, held in group.pop_ended():
-                self._answer(request, held, flight.end)
+            self._step(group, flight.steps - 1)  # the first was counted when it was sent
+            for request, blocks in group.pop_ended():
+                self._answer(request, blocks, flight.end)
                 answered.append(request)
         for request, restarts in flight.ending:
             if self._lives[request].restarts == restarts and self._give_first(request, group, flight.end):
@@ -143,21 +139,20 @@ class Replica:
     def _give_first(self, request: int, group: Group, now: float) -> bool:
         """The prompt is through: a token is given. Returns: it was the last one."""
         life = self._lives[request]
-        held = life.prefill
         if life.given == 0:
             life.first_token = now
             self._outstanding -= life.prompt
         life.given += 1
         self._outstanding -= 1
         if life.given == life.output:
-            self._answer(request, held, now)
+            self._answer(request, self._blocks_of_prompt(life), now)
             return True
-        group.add(request, held, life.output - life.given)
+        group.add(request, life.computed, life.output - life.given, life.dropped)
         return False
 
-    def _answer(self, request: int, held: int, now: float) -> None:
+    def _answer(self, request: int, blocks: int, now: float) -> None:
         self._lives[request].last_token = now
-        self._free += self._limits.blocks_for(held)
+        self._free += blocks
         del self._running[bisect.bisect_left(self._running, request)]
 
     # A step is put together
@@ -184,40 +179,52 @@ class Replica:
         flight.lines = self._clock.decode(size, context)
         if self._clock.stages > 1:
             return flight.lines[0].at(context), flight.lines[1].at(context)
+        waits = self._partial is not None or bool(self._waiting)
+        if waits and self._limits.window is not None:  # for blocks, which any step may give back
+            return flight.elapsed(1), flight.elapsed(1)
         flight.steps = 1 + flight.group.steps_within(self._free, self._alike(flight))
         return flight.elapsed(flight.steps), flight.elapsed(flight.steps)
 
     def _decoding(self) -> Group:
-        """Rules 2 and 4: the step's share of what decodes, one step on."""
+        """Rules 2, 4 and 5: the step's share of what decodes, one step on."""
         share = self._share()
         if len(self._ready) > share:
             group = self._ready.split(share)
         else:
-            group, self._ready = self._ready, Group(self._limits.block_tokens)
-        while (blocks := group.new_blocks(1)) > self._free:
+            group, self._ready = self._ready, self._no_group()
+        while group.lacks(self._free):
             self._preempt_youngest(group)
-        self._free -= blocks
-        group.step()
+        self._step(group, 1)
         return group
+
+    def _no_group(self) -> Group:
+        return Group(self._limits.block_tokens, self._limits.window)
+
+    def _step(self, group: Group, steps: int) -> None:
+        self._free += group.dropped_blocks(steps) - group.new_blocks(steps)
+        group.step(steps)
 
     def _share(self) -> int:
         """Of the sequences that decode, on their way or not, those that one step takes."""
         decoding = len(self._running) - (self._partial is not None)
-        return -(-decoding // self._clock.stages)
+        return min(-(-decoding // self._clock.stages), self._limits.chunk_tokens)
+
+    def _blocks_of_prompt(self, life: Life) -> int:
+        return self._limits.blocks_for(life.computed) - life.dropped
 
     def _preempt_youngest(self, decoding: Group) -> None:
         victim = self._running.pop()
         life = self._lives[victim]
-        held = life.computed
+        blocks = self._blocks_of_prompt(life)
         if victim == self._partial:
             self._partial = None
         for group in (decoding, self._ready, *(flight.group for flight in self._flights)):
             if victim in group:
-                held, left = group.remove(victim)
+                blocks, left = group.remove(victim)
                 on_its_way = group is not decoding and group is not self._ready
                 life.given = life.output - left - on_its_way
-        self._free += self._limits.blocks_for(held)
-        life.computed, life.restarts = 0, life.restarts + 1
+        self._free += blocks
+        life.computed, life.dropped, life.restarts = 0, 0, life.restarts + 1
         self._waiting.appendleft(victim)
         self.totals.preemptions += 1
 
@@ -230,6 +237,8 @@ class Replica:
             assert request is not None
             life = self._lives[request]
             computed, held = life.computed, limits.blocks_for(life.computed)
+            self._free += limits.blocks_behind(computed) - life.dropped
+            life.dropped = limits.blocks_behind(computed)
             tokens = min(room, life.prefill - computed, (held + self._free) * limits.block_tokens - computed)
             if tokens == 0:
                 return
@@ -244,7 +253,9 @@ class Replica:
                 flight.ending.append((request, life.restarts))
             elif left == 1 and life.given > 0:  # what is left is the last token it gave: it decodes
                 self._partial = None
-                self._ready.add(request, life.computed, life.output - life.given)
+                self._ready.add(request, life.computed, life.output - life.given, life.dropped)
+                return
+            else:
                 return
 
     def _begin(self, now: float) -> bool:

@@ -10,10 +10,9 @@ import numpy as np
 
 from triaxial import BadInput
 from triaxial.plan.serving.clock import Clock, CostOfStep
-from triaxial.plan.serving.life import Life, Step
 from triaxial.plan.serving.limits import Limits
 from triaxial.plan.serving.replica import Replica
-from triaxial.plan.serving.served import Served
+from triaxial.plan.serving.served import Life, Served, Step
 from triaxial.plan.serving.traffic import Traffic
 
 
@@ -55,7 +54,7 @@ def simulate(
         if traffic.concurrency:  # who is answered asks again
             for life in lives[coming : coming + most - inside]:
                 life.arrival = max(life.arrival, now)
-    return _served(lives, house.replicas)
+    return _served(lives, house.replicas, clock.cost.request_s)
 
 
 def replay(traffic: Traffic, cost: CostOfStep, limits: Limits) -> Served:
@@ -120,7 +119,7 @@ def _check_fits(traffic: Traffic, limits: Limits) -> None:
         )
 
 
-def _served(lives: list[Life], replicas: Iterable[Replica]) -> Served:
+def _served(lives: list[Life], replicas: Iterable[Replica], request_s: float) -> Served:
     return Served(
         arrival_s=np.array([life.arrival for life in lives]),
         begun_s=np.array([life.begun for life in lives]),
@@ -129,4 +128,5 @@ def _served(lives: list[Life], replicas: Iterable[Replica]) -> Served:
         input_tokens=np.array([life.prompt for life in lives]),
         output_tokens=np.array([life.output for life in lives]),
         replicas=tuple(replica.totals for replica in replicas),
+        request_s=request_s,
     )

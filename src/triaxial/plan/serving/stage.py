@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,18 @@ from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.collectives import collective_seconds, group_of
 from triaxial.plan.layout import Layout
+from triaxial.plan.pipeline.stages import stage_cut
 from triaxial.plan.serving.attention import AttentionCost, attention_cost
 from triaxial.plan.serving.constants import ServingConstants
-from triaxial.plan.serving.engine import Engine
-from triaxial.plan.serving.operators import embedding_operators, head_operators, layer_operators
+from triaxial.plan.serving.engine import OURS, Engine
+from triaxial.plan.serving.operators import (
+    embedding_operators,
+    head_operators,
+    layer_operators,
+    with_fused_all_reduces,
+)
 from triaxial.plan.serving.pricing import GRID, TERMS, Pricer, Terms, no_terms
+from triaxial.plan.serving.probed import probed_engine
 from triaxial.plan.serving.workload import STORED_BYTES, Serving
 
 Floats = NDArray[np.float64]
@@ -72,7 +79,7 @@ class Stage:
 def build_stages(
     model: ModelSpec, cluster: Cluster, layout: Layout, work: Serving, engine: Engine, constants: ServingConstants
 ) -> tuple[Stage, ...]:
-    """Price every stage of one replica; layers are cut as evenly as can be.
+    """Price every stage of one replica.
 
     Raises:
         BadInput: a precision that the device does not have, or that its probe did not time.
@@ -87,11 +94,14 @@ def build_stages(
         hop.seconds["hops"] += collective_seconds(
             cluster, "send_recv", STORED_BYTES[pricer.wide] * GRID * model.hidden, group_of(cluster, sizes, "pp")
         )
-    bounds = layer_bounds(model.num_layers, layout.pp)
+    start = no_terms()
+    if (probed := probed_engine(cluster.device, engine)) is not None:
+        start.seconds["launches"] += np.where(GRID > 0, probed.stage_s, 0.0)
+    bounds = layer_bounds(model, layout, engine)
     stages = []
     for rank, (first, end) in enumerate(pairwise(bounds)):
         num_dense = max(0, min(end, model.num_dense_layers) - first)
-        body = dense.times(num_dense) + expert.times(end - first - num_dense)
+        body = dense.times(num_dense) + expert.times(end - first - num_dense) + start
         head = no_terms()
         if rank == 0:
             body += pricer.terms(embedding_operators(model, layout.tp, GRID, work.precision))
@@ -114,12 +124,21 @@ def build_stages(
     return tuple(stages)
 
 
-def layer_bounds(layers: int, stages: int) -> list[int]:
-    """First layer of every stage, and the end."""
-    return [round(layers * rank / stages) for rank in range(stages + 1)]
+def layer_bounds(model: ModelSpec, layout: Layout, engine: Engine) -> list[int]:
+    """First layer of every stage, and the end: as the layout says, by what blocks cost in our engine, and elsewhere as
+    evenly as can be."""
+    cut = layout.cut
+    if not cut and engine == OURS:
+        cut = stage_cut(model, 1, tuple(range(layout.pp)))
+    if not cut:
+        return [round(model.num_layers * rank / layout.pp) for rank in range(layout.pp + 1)]
+    return [0, *(min(max(0, end - 1), model.num_layers) for end in accumulate(cut))]  # the embedding is a block too
 
 
 def _layer(model: ModelSpec, pricer: Pricer, tp: int, experts: bool) -> Terms:
     if experts and model.experts is None:
         return no_terms()
-    return pricer.terms(layer_operators(model, tp, GRID, pricer.precision, experts=experts)) + pricer.attention_kernel()
+    operators = layer_operators(model, tp, GRID, pricer.precision, experts=experts)
+    if pricer.engine.fused_all_reduce and tp > 1:
+        operators = with_fused_all_reduces(operators)
+    return pricer.terms(operators) + pricer.attention_kernel()

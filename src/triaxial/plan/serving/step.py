@@ -13,6 +13,7 @@ from triaxial.plan.layout import Layout, check_layout
 from triaxial.plan.serving.constants import SERVING, HostTimes, ServingConstants
 from triaxial.plan.serving.engine import VLLM, Engine
 from triaxial.plan.serving.memory import ServingMemory, serving_memory
+from triaxial.plan.serving.probed import probed_engine
 from triaxial.plan.serving.stage import Stage, build_stages
 from triaxial.plan.serving.workload import Serving
 
@@ -40,6 +41,11 @@ class StepCost:
     def pipeline_ranks(self) -> int:
         """Batches that can be in flight: one for each stage."""
         return len(self.stages)
+
+    @property
+    def request_s(self) -> float:
+        """What a request takes outside the engine: no step waits for it."""
+        return self.host.request_s
 
     def seconds(
         self,
@@ -108,5 +114,12 @@ def step_cost(
         serving_memory(model, cluster, layout, work, engine),
         build_stages(model, cluster, layout, work, engine, constants),
         engine,
-        constants.hosts[engine.host],
+        _host_times(cluster, engine, constants),
     )
+
+
+def _host_times(cluster: Cluster, engine: Engine, constants: ServingConstants) -> HostTimes:
+    probed = probed_engine(cluster.device, engine)
+    if probed is None:
+        return constants.hosts[engine.host]
+    return HostTimes(step_s=probed.step_s, sequence_s=probed.sequence_s)

@@ -22,13 +22,13 @@ class TrainingConstants:
     overlap_share: float = 1.0
     """Share of the time that a collective can run beside computation in which it really does. Not fitted: fits of it
     end at 1."""
-    interference: float = 0.42
+    interference: float = 0.422
     """Computation lost per second of a collective that runs beside it: it takes multiprocessors and bandwidth."""
     spread: float = 0.012
     """Standard deviation of the speed of equal devices; a synchronous step waits for the slowest of them. Not fitted:
     equal GPUs of large clusters differ by 8 % (arXiv 2208.11035, abstract), and a thousand normally distributed ones
     by 6.5 standard deviations."""
-    held_rate: float = 0.902
+    held_rate: float = 0.9
     """Share of an isolated kernel's arithmetic rate that a device holds through hours of training, hot and with cold
     caches. (How power limits an isolated kernel's rate is in `compute.py`.)"""
     step_s: float = 0.0175

@@ -224,16 +224,15 @@ def memory(
     def stored(bytes_each: int, sharded_from: int) -> Floats:
         return bytes_each * np.where(table.zero >= sharded_from, sharded, whole)
 
-    parts = np.stack(
-        [
-            stored(training.element_bytes, 3),
-            stored(practice.gradient_bytes, 2),
-            stored(training.state_bytes, 1),
-            activation_bytes(model, training, practice, table, loads, shard),
-            loads.head * logits_bytes(model, training, shard),
-            communication_bytes(model, training, practice, table, loads, shard),
-            np.broadcast_to(FRAMEWORK_RESERVE_BYTES, whole.shape),
-        ]
+    parts = (
+        stored(training.element_bytes, 3),
+        stored(practice.gradient_bytes, 2),
+        stored(training.state_bytes, 1),
+        activation_bytes(model, training, practice, table, loads, shard),
+        loads.head * logits_bytes(model, training, shard),
+        communication_bytes(model, training, practice, table, loads, shard),
+        np.full(whole.shape, FRAMEWORK_RESERVE_BYTES),
     )
-    fullest = parts.sum(axis=0).argmax(axis=0)
-    return Memory(*np.take_along_axis(parts, fullest[None, None, :], axis=1)[:, 0])
+    fullest = sum(parts, np.zeros_like(whole)).argmax(axis=0)
+    layouts = np.arange(len(table))
+    return Memory(*(part[fullest, layouts] for part in parts))

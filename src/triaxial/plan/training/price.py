@@ -14,7 +14,7 @@ from triaxial.plan.cost.compute import pass_seconds
 from triaxial.plan.cost.placement import Placement, place
 from triaxial.plan.cost.practice import OURS, Practice
 from triaxial.plan.layout import Layout
-from triaxial.plan.layout_table import LayoutTable, layout_table
+from triaxial.plan.layout_table import SCHEDULES, LayoutTable, layout_table
 from triaxial.plan.legal import check_training_layout
 from triaxial.plan.pipeline.stages import Loads, heaviest_ranks
 from triaxial.plan.training.block_seconds import ModelSeconds, PricedBlocks, model_seconds, price_blocks, shard_of
@@ -22,6 +22,7 @@ from triaxial.plan.training.constants import TRAINING, TrainingConstants
 from triaxial.plan.training.memory import USABLE_MEMORY, Memory, data_ep, expert_shards, memory, rank_weights
 from triaxial.plan.training.pipeline_seconds import StageSeconds, bubble_seconds, transfer_seconds
 from triaxial.plan.training.reduction import data_parallel_seconds
+from triaxial.plan.training.shared_processors import shared_waiting_seconds
 from triaxial.plan.training.zero_bubble_v import excess_seconds
 from triaxial.plan.workload import Training
 
@@ -43,6 +44,8 @@ class StepSeconds:
     bubble: Floats
     optimizer: Floats
     """The parameter update and what a program does once a step."""
+    data: Floats
+    """Reading the step's tokens, where a probe has timed that; nothing elsewhere, where it hides."""
     hidden: dict[str, Floats]
     """Communication by axis that runs beside computation, and so adds nothing to the step but `interference`."""
 
@@ -125,12 +128,19 @@ def step_seconds(
     if play_zb_v:
         average = StageSeconds(*whole.phases / table.pp)
         bubble = bubble + excess_seconds(table.schedule, table.pp, count, average)
-    if cluster.device.timings is not None:  # what a rank leaves idle, those on the same processor use
-        busy = stage.total * count
-        bubble = np.maximum(0.0, (busy + bubble) / cluster.device.timings.ranks_per_processor - busy)
     compute, tp, cp, ep = own.table.sum(axis=0) * count
     hidden_tp, hidden_cp = own.hidden.sum(axis=0) * count
-    exposed_pp, hidden_pp = _transfers(model, training, practice, table, placement, count)
+    hop = hop_seconds(model, training, table, placement)
+    exposed_pp = transfer_seconds(
+        table.schedule, table.pp, table.vpp, count, hop, practice.overlap_pipeline, practice.staggered_steps
+    )
+    timings = cluster.device.timings
+    if timings is not None and timings.ranks_per_processor > 1:
+        bubble, exposed_pp = shared_waiting_seconds(
+            timings.ranks_per_processor, table, count, stage.total, stage.total + others.total, hop
+        )
+    hidden_pp = np.maximum(0.0, np.where(table.pp > 1, 2 * table.vpp * count * hop, 0.0) - exposed_pp)
+    exposed_pp = exposed_pp + tied_seconds(model, practice, table, placement)
 
     # all stages reduce and update at once at the end: the one with the most parameters is waited for
     replicated, routed = (held.max(axis=0) for held in rank_weights(model, table.tp, data_ep(table), loads))
@@ -154,6 +164,7 @@ def step_seconds(
         exposed_dp=exposed_dp,
         bubble=bubble,
         optimizer=_optimizer_seconds(cluster, training, practice, table, replicated, routed) + constants.step_s,
+        data=training.tokens / table.dp * (cluster.device.timings.token_s if cluster.device.timings else 0.0),
         hidden={"tp": hidden_tp, "cp": hidden_cp, "pp": hidden_pp, "dp": hidden_dp},
     )
 
@@ -172,31 +183,19 @@ def all_ranks(model: ModelSpec, layouts: int) -> Loads:
 
 
 def hop_seconds(model: ModelSpec, training: Training, table: LayoutTable, placement: Placement) -> Floats:
-    """Seconds of one stage's output on its way to the next rank; each tp rank sends its part (arXiv 2104.04473,
-    section 4.1)."""
-    boundary = shard_of(table).tokens(training.seq_len) * model.hidden * training.element_bytes / table.tp
-    return placement.seconds("pp", "send_recv", np.asarray(boundary))
+    """Seconds of one stage's output on its way to the next rank. From node to node each tp rank sends its part, and
+    the receivers gather them (arXiv 2104.04473, section 4.1); sequence parallelism has it in parts already."""
+    output = np.asarray(shard_of(table).tokens(training.seq_len) * model.hidden * training.element_bytes)
+    in_parts = (table.sp > 0) | (placement.in_node("tp") & ~placement.in_node("pp"))
+    hop = placement.seconds("pp", "send_recv", output / np.where(in_parts, table.tp, 1))
+    return hop + placement.seconds("tp", "all_gather", np.where(in_parts & (table.sp == 0), output, 0.0))
 
 
-def _transfers(
-    model: ModelSpec,
-    training: Training,
-    practice: Practice,
-    table: LayoutTable,
-    placement: Placement,
-    count: NDArray[np.int64],
-) -> tuple[Floats, Floats]:
-    """Seconds of a step's stage-to-stage transfers, exposed and hidden: each stage sends one way forward, and the
-    other way backward."""
-    hop = hop_seconds(model, training, table, placement)
-    seconds = transfer_seconds(
-        table.schedule, table.pp, table.vpp, count, hop, practice.overlap_pipeline, practice.staggered_steps
-    )
-    hidden = np.maximum(0.0, np.where(table.pp > 1, 2 * table.vpp * count * hop, 0.0) - seconds)
-    if model.tied_embeddings:  # the first and the last stage exchange the gradient of the shared table
-        shared = model.vocab * model.hidden / table.tp * practice.reduce_bytes
-        seconds = seconds + 2 * placement.seconds("pp", "send_recv", shared)
-    return seconds, hidden
+def tied_seconds(model: ModelSpec, practice: Practice, table: LayoutTable, placement: Placement) -> Floats:
+    """The first and the last stage exchange the gradient of the table that they share; ZB-V has both on one rank."""
+    apart = model.tied_embeddings & (table.schedule != SCHEDULES.index("zb-v"))
+    shared = model.vocab * model.hidden / table.tp * practice.reduce_bytes * apart
+    return 2 * placement.seconds("pp", "send_recv", shared)
 
 
 def _optimizer_seconds(
@@ -233,7 +232,7 @@ def estimates(
         time_s = {part: float(values[row]) for part, values in seconds.parts().items()}
         step_s, gpus = float(step[row]), layout.world_size
         parts = {part: float(values[row]) / GIB for part, values in held.parts().items()}
-        pipeline_s = step_s - time_s["exposed_dp"] - time_s["optimizer"]
+        pipeline_s = step_s - time_s["exposed_dp"] - time_s["optimizer"] - time_s["data"]
         result.append(
             Estimate(
                 layout=layout,

@@ -67,7 +67,7 @@ PRACTICES: dict[str, Practice] = {
     "neox": MEGATRON_DEEPSPEED,
     "vtm": MEGATRON_DEEPSPEED,
     "vts": VTRAIN_PROFILE,
-    "llmf-a100": LLM_FOUNDRY,
+    "llmf": LLM_FOUNDRY,
     "titan": TORCHTITAN_EAGER,
     "nemo2407": MEGATRON_CORE,
     "nemolong": MEGATRON_CORE,
@@ -76,18 +76,18 @@ PRACTICES: dict[str, Practice] = {
     "dsv3": MEGATRON_CORE,
     "paddle": PADDLE,
 }
-"""By the prefix of a row's id; any other row is predicted with Triaxial's own practice."""
+"""By the first word of a row's id; any other row is predicted with Triaxial's own practice."""
 
 
 def practice_of(source: str, notes: str, zero: int) -> Practice:
     """The practice behind a published row.
 
     Args:
-        source: prefix of the row's id.
+        source: prefix of the row's id, without its number.
         notes: the source's words about the row, which may name compilation and asynchronous tensor parallelism.
         zero: its ZeRO stage.
     """
-    practice = PRACTICES.get(source, OURS)
+    practice = PRACTICES.get(source.partition("-")[0], OURS)
     words = notes.lower()
     if source == "titan" and "compile" in words:
         practice = TORCHTITAN_COMPILED

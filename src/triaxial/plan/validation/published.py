@@ -35,6 +35,24 @@ _SCHEDULES: dict[str, ScheduleKind] = {
 }
 
 
+STATED_ELSEWHERE = {
+    ("sc21t1", gpus): {"micro_batch": micro_batch, "vpp": virtual_stages}
+    for gpus, micro_batch, virtual_stages in (
+        ("32", "16", "1"),
+        ("64", "16", "1"),
+        ("128", "16", "1"),
+        ("256", "8", "1"),
+        ("512", "4", "1"),
+        ("1024", "2", "3"),
+        ("1536", "2", "2"),
+        ("1920", "1", "2"),
+        ("2520", "1", "3"),
+        ("3072", "1", "1"),
+    )
+}
+"""Cells that a table leaves empty and its authors fill in another place, by source and GPUs: table 1 of arXiv 2104.04473
+by NVIDIA/Megatron-LM's examples/sc21/run_table_1.sh."""
+
 COMPOSED = ("vts",)
 """Sources whose rows are sums of one profiled layer, each forward and backward pass once, whatever their
 configuration says of recomputation (docs/measured/planner.md)."""
@@ -57,6 +75,8 @@ class Point:
     practice: Practice
     layouts: tuple[Layout, ...]
     """One per plausible value of the cells that the source leaves empty."""
+    recipe: str
+    """The precision in the source's words: two ways to multiply in 8 bits are two programs."""
     step_time_s: float
     memory_gib: float | None
 
@@ -65,7 +85,7 @@ class Point:
         """What stays the same over rows that vary only the layout."""
         sizes = (self.model.num_layers, self.model.hidden, self.model.vocab, self.model.ffn)
         device = self.cluster.device.name
-        return (self.table, device, self.cluster.num_gpus, *sizes, self.training, self.practice)
+        return (self.table, device, self.cluster.num_gpus, *sizes, self.training, self.practice, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,8 @@ def _point(row: dict[str, str]) -> Point:
     if not row.get("step_time_s"):
         raise BadInput("no step time")
     source = row["id"].rsplit("-", 1)[0]
+    known = STATED_ELSEWHERE.get((source, row["gpus"]), {})
+    row = {**row, **{name: cell for name, cell in known.items() if not row.get(name)}}
     return Point(
         id=row["id"],
         source=source,
@@ -118,6 +140,7 @@ def _point(row: dict[str, str]) -> Point:
         ),
         practice=practice_of(source, row.get("notes", ""), _zero(row.get("zero_stage_or_fsdp", ""), source)),
         layouts=tuple(_layouts(row, source)),
+        recipe=row.get("precision", ""),
         step_time_s=float(row["step_time_s"]),
         memory_gib=float(row["memory_gib"]) if row.get("memory_gib") else None,
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from triaxial import BadInput
+from triaxial.plan.serving.closed_form import static_batch
 from triaxial.plan.serving.constants import SERVING, ServingConstants
-from triaxial.plan.serving.estimate import limits_of, tpot_seconds, traffic_of, ttft_seconds
+from triaxial.plan.serving.estimate import limits_of, tpot_seconds, traffic_of
 from triaxial.plan.serving.simulate import simulate
-from triaxial.plan.serving.static_batch import static_batch
 from triaxial.plan.serving.step import StepCost, step_cost
 from triaxial.plan.serving.traffic import at_once
 from triaxial.plan.validation.serving_baseline import roofline_cost
@@ -116,8 +116,8 @@ def _traffic_metrics(point: ServedPoint, cost: StepCost) -> dict[str, float]:
         traffic = at_once(traffic.input_tokens, traffic.output_tokens).first(work.concurrency)
     served = simulate(traffic, cost, limits_of(work, cost), replicas=point.layout.dp)
     return {
-        "e2e_latency_ms": float(served.latency_s.mean() + cost.host.request_s) * 1e3,
-        "ttft_ms": ttft_seconds(served, cost) * 1e3,
+        "e2e_latency_ms": float(served.latency_s.mean()) * 1e3,
+        "ttft_ms": float(served.ttft_s.mean()) * 1e3,
         "tpot_ms": tpot_seconds(served) * 1e3,
         "output_tokens_per_s": served.output_tokens_per_s,
         "tokens_per_s_per_gpu": served.output_tokens_per_s / point.layout.world_size,

@@ -1,7 +1,8 @@
-"""The steady state of one replica in closed form: what it serves with so many sequences running, and how fast.
+"""Service without chance in closed form: the steady state of one replica, a request alone, and a batch without queueing.
 
-With n sequences running, of which each gives a token a round, n / output_len prompts come to their end in a round. That
-fixes the mean step and so the round's seconds, the rate of requests (Little's law) and both latencies. It ranks candidates and bounds them; the simulation decides.
+In the steady state n sequences run, of which each gives a token a round, and n / output_len prompts come to their end in
+one. That fixes the mean step and so the round's seconds, the rate of requests (Little's law) and both latencies. It ranks
+candidates and bounds them; the simulation decides.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Steady:
 def steady(cost: StepCost, limits: Limits, input_len: float, output_len: float) -> Steady:
     """Price the steady state of every number of running sequences that the limits allow."""
     held = input_len + output_len / 2
-    most = min(limits.max_batch, limits.kv_tokens / held)
+    most = min(limits.max_batch, limits.kv_tokens / min(held, limits.window or held))
     n = np.unique(np.geomspace(1, max(most, 1), 40).round())
     groups = np.minimum(n, cost.pipeline_ranks)
     size = n / groups
@@ -89,3 +90,35 @@ def _prefill(cost: StepCost, chunk: int, prompt: int) -> float:
     nothing, ends = np.zeros_like(before), (before + tokens == prompt).astype(float)
     follows = np.asarray(cost.interval_seconds(tokens, pairs, nothing, nothing, ends))
     return float(follows[:-1].sum()) + float(cost.seconds(tokens[-1], pairs[-1], 0.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """Seconds of one batch."""
+
+    ttft_s: float
+    """Until all first tokens are out."""
+    decode_s: float
+    """All later tokens."""
+
+    @property
+    def total_s(self) -> float:
+        return self.ttft_s + self.decode_s
+
+
+def static_batch(cost: StepCost, sequences: int, input_len: int, output_len: int) -> BatchTimes:
+    """Seconds of `sequences` equal requests on one replica.
+
+    A pipeline takes the batch in equal parts, one behind the other (`Engine.pipeline_parts`).
+    """
+    parts = cost.engine.pipeline_parts(sequences, input_len, cost.pipeline_ranks)
+    part = sequences / parts
+    prompt = (part * input_len, part * input_len * (input_len + 1) / 2, 0.0, 0.0, part)
+    ttft = float(cost.seconds(*prompt)) + (parts - 1) * float(cost.interval_seconds(*prompt))
+    steps = max(output_len - 1, 0)
+    parts = cost.engine.pipeline_parts(sequences, 1, cost.pipeline_ranks)
+    part = sequences / parts
+    # seconds are a line in the context, so the mean context gives the mean step
+    mean = (0.0, 0.0, part, part * (input_len + output_len / 2), 0.0)
+    step = float(cost.seconds(*mean)) + (parts - 1) * float(cost.interval_seconds(*mean))
+    return BatchTimes(ttft, steps * step)
