@@ -28,7 +28,7 @@ OWN_TABLE = """{"num_micro_batches": 4, "placement": [0, 1], "ranks": [
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 KEYS = {
     "step", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "peak_memory_bytes", "bubble_fraction",
-    "model_tflops",
+    "model_tflops", "data_s",
 }  # fmt: skip
 
 
@@ -225,6 +225,7 @@ def test_every_step_has_every_key(place: Workplace, steps: list[dict[str, Any]])
         flop = spec.train_flop_per_token(SEQ) * tokens
         assert step["model_tflops"] == pytest.approx(flop / step["step_time_s"] / 2 / 1e12)
         assert 0 <= step["bubble_fraction"] < 1
+        assert 0 < step["data_s"] < step["step_time_s"]
         assert step["peak_memory_bytes"] > 50 << 20
         assert step["grad_norm"] > 0
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
