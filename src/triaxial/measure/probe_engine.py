@@ -146,7 +146,7 @@ def _attention_flop_per_s(watch: Stopwatch, dtype: torch.dtype) -> float:
     """Of a prompt's causal attention: two products of head_dim per head for every key that a query sees."""
     heads, head_dim, tokens = _LARGE["num_heads"], _LARGE["head_dim"], 4 * _PROMPT
     q, k, v = (torch.full((1, n, tokens, head_dim), 0.01, dtype=dtype, device=watch.device) for n in (heads, 8, 8))
-    return 2 * heads * head_dim * tokens * (tokens + 1) / watch.seconds(lambda: attention(q, k, v, None))
+    return 2 * heads * head_dim * tokens * (tokens + 1) / watch.seconds(lambda: attention(q, k, v, None, causal=True))
 
 
 def _row(spec: ModelSpec, tokens: int, precision: str, products: Sequence[ProductTiming], seconds: float) -> LayerRow:

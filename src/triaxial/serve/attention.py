@@ -18,6 +18,8 @@ from triaxial.serve.cache import PagedCache
 from triaxial.serve.wire import StepArrays
 
 Positions = NDArray[np.signedinteger[Any]]
+_KEYS_A_CALL = 64
+"""Keys of a sequence that a CPU core attends to in the time of a call."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Beginning:
 
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return attention(q, k, v, mask=None)[0].transpose(0, 1)
+        return attention(q, k, v, mask=None, causal=True)[0].transpose(0, 1)
 
 
 @dataclass
@@ -63,7 +65,7 @@ class _Gathered:
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = cache.gather(place, self.blocks, self.sequences)
         q = q.view(self.sequences, -1, *q.shape[1:]).transpose(1, 2)
-        return attention(q, k, v, self.masks.of(windowed)).transpose(1, 2).flatten(0, 1)
+        return attention(q, k, v, self.masks.of(windowed), causal=False).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass
@@ -83,15 +85,36 @@ class _AtHome:
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = cache.at_home(place, self.slots, self.keys)
         if self.own is None:
-            return attention(q[:, :, None], k, v, self.masks.of(windowed))[:, :, 0]
+            return attention(q[:, :, None], k, v, self.masks.of(windowed), causal=False)[:, :, 0]
         spread = q.new_zeros(len(k), *q.shape[1:]).index_copy_(0, self.own, q)
-        return attention(spread[:, :, None], k, v, self.masks.of(windowed))[:, :, 0].index_select(0, self.own)
+        return attention(spread[:, :, None], k, v, self.masks.of(windowed), causal=False)[:, :, 0].index_select(
+            0, self.own
+        )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [sequences, heads, queries, dim], k, v [sequences, kv heads, keys, dim]; without a mask it is causal."""
+@dataclass
+class _EachAtHome:
+    """The same where lengths differ much: one after the other, each with no keys but its own."""
+
+    rows: slice
+    slots: list[int]
+    keys: list[int]
+    window: int | None
+
+    def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        done = []
+        for row, (slot, keys) in enumerate(zip(self.slots, self.keys, strict=True)):
+            k, v = cache.at_home(place, slice(slot, slot + 1), keys)
+            first = max(0, keys - self.window) if windowed and self.window is not None else 0
+            query = q[row : row + 1, :, None]
+            done.append(attention(query, k[:, :, first:], v[:, :, first:], mask=None, causal=False))
+        return torch.cat(done)[:, :, 0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+    """q [sequences, heads, queries, dim], k, v [sequences, kv heads, keys, dim]; causal only where these are as many."""
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class StepAttention:
@@ -142,6 +165,9 @@ class StepAttention:
         at_home = (
             width <= home and not base.any() and ((tables == in_order) | (np.arange(width) >= held[:, None])).all()
         )
+        spared = (high - low) * width * size - int(last.sum()) - n
+        if at_home and self._like.device.type == "cpu" and spared > _KEYS_A_CALL * n:
+            return _EachAtHome(rows, slots.tolist(), (last + 1).tolist(), self._spec.sliding_window)
         if not at_home or high - low > 2 * n:
             keys = base[:, None] + np.arange(width * size)  # [n, keys]
             masks = self._masks(keys[:, None, None, :], last[:, None, None, None])
