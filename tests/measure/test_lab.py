@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from triaxial import BadInput
-from triaxial.measure.lab import Lab, require_namespaces
+from triaxial.measure.lab import Lab
+from triaxial.measure.namespaces import require_namespaces
 
 try:
     require_namespaces()

@@ -21,7 +21,7 @@ from triaxial import BadInput, NoAnswer
 from triaxial.cli import cli
 from triaxial.cluster.spec import load_cluster
 from triaxial.measure.crew import run_crew
-from triaxial.measure.lab import require_namespaces
+from triaxial.measure.namespaces import require_namespaces
 from triaxial.measure.rehearsal import PARTS, Rehearsal, rehearse, waited_for_messages_s
 from triaxial.measure.script import Script, write_script
 from triaxial.model.spec import load_model_spec

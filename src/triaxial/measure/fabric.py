@@ -7,11 +7,9 @@ the innermost tier that both are under.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
-from triaxial.measure.lab import Namespace, require_namespaces
+from triaxial.measure.namespaces import Namespace, Switched
 
 PORT = "port"
 """Name of a rank's interface into the innermost tier and, with a number, into the others; the first has its address."""
@@ -33,50 +31,30 @@ class Port:
     bytes_per_s: float
 
 
-class Fabric:
+class Fabric(Switched):
     """Ranks' namespaces, which exist while the context is open."""
 
     def __init__(self, ranks: int, ports: Sequence[Port]) -> None:
         """`ports` of every rank, from the innermost tier to the outermost, which joins all ranks."""
-        self._ranks, self._ports = ranks, ports
-        self._open = ExitStack()
-        self._namespaces: list[Namespace] = []
+        super().__init__(ranks)
+        self._ports = ports
 
-    def __enter__(self) -> Fabric:
-        """Build the fabric.
-
-        Raises:
-            BadInput: not Linux, not root, a missing tool, or a machine that permits no network namespaces.
-        """
-        require_namespaces()
-        with ExitStack() as building:
-            switch = building.enter_context(Namespace())
-            self._namespaces = [building.enter_context(Namespace()) for _ in range(self._ranks)]
-            switch.run("ip", "-batch", "-", given=self._links())
-            for rank, namespace in enumerate(self._namespaces):
-                namespace.run("ip", "-batch", "-", given=self._routes(rank))
-                namespace.run("tc", "-batch", "-", given=self._rates())
-            self._open = building.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
+    def connect(self, switch: Namespace) -> None:
+        switch.run("ip", "-batch", "-", given=self._links())
+        for rank, namespace in enumerate(self.namespaces):
+            namespace.run("ip", "-batch", "-", given=self._routes(rank))
+            namespace.run("tc", "-batch", "-", given=self._rates())
 
     @property
     def paths(self) -> list[str]:
         """The namespace of every rank, as a file to enter it by."""
-        return [namespace.path for namespace in self._namespaces]
-
-    def address(self, rank: int) -> str:
-        return f"10.77.{rank // 254}.{rank % 254 + 1}"
+        return [namespace.path for namespace in self.namespaces]
 
     def _links(self) -> str:
         lines = []
         for tier in range(len(self._ports)):
             lines += [f"link add switch{tier} type bridge", f"link set switch{tier} up"]
-            for rank, namespace in enumerate(self._namespaces):
+            for rank, namespace in enumerate(self.namespaces):
                 end = f"t{tier}r{rank}"
                 mtu = _packet_bytes(self._ports[tier])
                 lines += [
@@ -89,7 +67,7 @@ class Fabric:
         here = self.address(rank)
         lines = ["link set lo up", f"address add {here}/32 dev {PORT}0"]
         lines += [f"link set {PORT}{tier} up" for tier in range(len(self._ports))]
-        for peer in range(self._ranks):
+        for peer in range(self.count):
             if peer != rank:
                 lines.append(f"route add {self.address(peer)}/32 dev {PORT}{self.tier_between(rank, peer)} src {here}")
         return "\n".join(lines)

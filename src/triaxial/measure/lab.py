@@ -1,25 +1,19 @@
-"""The lab: a cluster of nodes on one machine, each a network namespace, joined by shaped virtual links.
-
-Every namespace belongs to a small process that waits for the end of its input, and nothing in the machine's own
-namespace is touched. So the kernel takes all of it away when this process ends, however it ends.
-"""
+"""The lab: a cluster of nodes on one machine, each a network namespace, joined by shaped virtual links."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from types import TracebackType
+from contextlib import suppress
 
 from triaxial import BadInput, NoAnswer
+from triaxial.measure.namespaces import Namespace, Switched
 
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
 _LINK = "eth0"
 _PORT = 29400
 """Of the rendezvous on the first node; the namespace is ours alone, so any port is free."""
@@ -33,7 +27,7 @@ _SETTLE_S = 15.0
 """That launchers have to end by themselves after one has failed."""
 
 
-class Lab:
+class Lab(Switched):
     """Nodes that exist while the context is open.
 
     Attributes:
@@ -45,31 +39,14 @@ class Lab:
     def __init__(self, nodes: int, ranks_per_node: int, between_bytes_per_s: float | None = None) -> None:
         self.nodes, self.ranks_per_node = nodes, ranks_per_node
         self.between_bytes_per_s = between_bytes_per_s
-        self._open = ExitStack()
-        self._namespaces: list[Namespace] = []
+        super().__init__(nodes)
 
-    def __enter__(self) -> Lab:
-        """Build the cluster.
-
-        Raises:
-            BadInput: not Linux, not root, a missing tool, or a machine that permits no network namespaces.
-        """
-        require_namespaces()
-        with ExitStack() as building:
-            switch = building.enter_context(Namespace())
-            self._namespaces = [building.enter_context(Namespace()) for _ in range(self.nodes)]
-            switch.run("ip", "link", "add", "switch", "type", "bridge")
-            switch.run("ip", "link", "set", "switch", "up")
-            for index, node in enumerate(self._namespaces):
-                self._join(switch, node, index)
-            self.shape(self.between_bytes_per_s)
-            self._open = building.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
+    def connect(self, switch: Namespace) -> None:
+        switch.run("ip", "link", "add", "switch", "type", "bridge")
+        switch.run("ip", "link", "set", "switch", "up")
+        for index, node in enumerate(self.namespaces):
+            self._join(switch, node, index)
+        self.shape(self.between_bytes_per_s)
 
     def _join(self, switch: Namespace, node: Namespace, index: int) -> None:
         port = f"node{index}"
@@ -82,7 +59,7 @@ class Lab:
     def shape(self, between_bytes_per_s: float | None) -> None:
         """Give every node's link another rate in each direction."""
         self.between_bytes_per_s = between_bytes_per_s
-        for node in self._namespaces:
+        for node in self.namespaces:
             if between_bytes_per_s is None:
                 node.run("tc", "qdisc", "replace", "dev", _LINK, "root", "pfifo")
                 continue
@@ -110,11 +87,7 @@ class Lab:
 
     def command(self, node: int) -> list[str]:
         """What to write before a command to run it on a node, to be killed if this process is."""
-        return ["setpriv", "--pdeathsig", "KILL", *self._namespaces[node].enter]
-
-    def address(self, node: int) -> str:
-        """A node's address on the links between them."""
-        return f"10.77.{node // 254}.{node % 254 + 1}"
+        return ["setpriv", "--pdeathsig", "KILL", *self.namespaces[node].enter]
 
     def _launch(self, index: int, arguments: Sequence[str], capture: bool) -> subprocess.Popen[str]:
         node = {
@@ -132,22 +105,6 @@ class Lab:
             stderr=subprocess.PIPE if index else None,
             text=True,
         )
-
-
-def require_namespaces() -> None:
-    """Refuse a machine on which the lab cannot be built.
-
-    Raises:
-        BadInput: says what is missing.
-    """
-    missing = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None})
-    if missing:
-        raise BadInput(f"the lab needs Linux's network namespaces: install {' and '.join(missing)}")
-    if os.geteuid() != 0:
-        raise BadInput("the lab builds network namespaces, which only root may: run it with sudo")
-    allowed = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)
-    if allowed.returncode:
-        raise BadInput(f"this machine permits no network namespaces: {allowed.stderr.strip()}")
 
 
 def _finish(launchers: list[subprocess.Popen[str]], timeout_s: float | None) -> str:
@@ -172,45 +129,3 @@ def _finish(launchers: list[subprocess.Popen[str]], timeout_s: float | None) -> 
     if running:
         raise NoAnswer(f"the job was not done after {timeout_s:g} s")
     return "".join(out or "" for out, _ in said.values())
-
-
-class Namespace:
-    """A network namespace that lives as long as its process, which ends when this one does."""
-
-    def __enter__(self) -> Namespace:
-        self._keeper = subprocess.Popen(
-            ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert self._keeper.stdin is not None
-        assert self._keeper.stdout is not None
-        self._keeper.stdin.write(b"ready\n")
-        self._keeper.stdin.flush()
-        if not self._keeper.stdout.readline():  # comes back once `cat` runs, which is after the namespace is there
-            raise BadInput("this machine permits no network namespaces")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._keeper.kill()
-        self._keeper.wait()
-
-    @property
-    def pid(self) -> int:
-        return self._keeper.pid
-
-    @property
-    def enter(self) -> list[str]:
-        """What to write before a command to run it inside."""
-        return ["nsenter", f"--net={self.path}"]
-
-    @property
-    def path(self) -> str:
-        """The namespace as a file."""
-        return f"/proc/{self.pid}/ns/net"
-
-    def run(self, *command: str, given: str = "") -> None:
-        """Run a command inside, with `given` as its input."""
-        done = subprocess.run([*self.enter, *command], input=given, capture_output=True, text=True)
-        if done.returncode:
-            raise BadInput(f"this machine cannot build the lab: {' '.join(command)}: {done.stderr.strip()}")
