@@ -8,8 +8,6 @@ Eight processes run 1F1B tables of 4 to 64 micro-batches as `bench/rehearsal.py`
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import platform
 import statistics
@@ -17,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from xml.etree.ElementTree import SubElement, tostring
 
+import click
 import torch
 from rich.console import Console
 
+from claims_picture import Line, lines_svg
 from rehearsal import RANKS, closed_form, in_processes, rehearse, with_section
 from triaxial.files import write_atomically
 from triaxial.plan.pipeline.schedule import Schedule, build_schedule
-from triaxial.report.svg import FAINT, PALETTE, WIDTH, picture, write
 
 MICRO_BATCHES = (4, 8, 16, 32, 64)
 MESSAGE_BYTES = 4096
@@ -83,43 +81,24 @@ def report(rows: Sequence[Row], steps: int) -> str:
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """The formula as a line, what was measured as dots; micro-batches by their logarithm."""
-    svg = picture(f"Bubble of 1F1B on {RANKS} ranks", TOP + HEIGHT + 44)
-
-    def place(count: int, share: float) -> tuple[float, float]:
-        along = math.log2(count / MICRO_BATCHES[0]) / math.log2(MICRO_BATCHES[-1] / MICRO_BATCHES[0])
-        return LEFT + 20 + along * (WIDTH - LEFT - RIGHT - 40), TOP + HEIGHT * (1 - share / HIGHEST)
-
-    for share in (0.0, 0.2, 0.4, 0.6, HIGHEST):
-        y = place(4, share)[1]
-        line = {"x1": str(LEFT), "x2": str(WIDTH - RIGHT), "y1": f"{y:.1f}", "y2": f"{y:.1f}", "stroke": "#e5e7eb"}
-        SubElement(svg, "line", line)
-        write(svg, f"{share:.0%}", 24, y + 4, fill=FAINT)
-    points = [place(row.schedule.num_micro_batches, row.formula) for row in rows]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    SubElement(svg, "polyline", {"points": path, "fill": "none", "stroke": PALETTE[0], "stroke-width": "2"})
-    for row in rows:
-        x, y = place(row.schedule.num_micro_batches, row.bubble)
-        SubElement(svg, "circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "fill": PALETTE[1]})
-        write(svg, f"{row.bubble:.1%}", x + 9, y - 6)
-        write(svg, f"m = {row.schedule.num_micro_batches}", x - 16, TOP + HEIGHT + 20, fill=FAINT)
-    write(svg, "line: (p-1)/(p-1+m), dots: measured", LEFT, TOP + HEIGHT + 38, fill=FAINT)
-    return tostring(svg, encoding="unicode")
+    counts = [f"m = {row.schedule.num_micro_batches}" for row in rows]
+    line = Line(f"1F1B, {RANKS} ranks", [row.bubble for row in rows], [row.formula for row in rows])
+    return lines_svg("Bubble, share of the step", counts, [line])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Hold the pipeline's bubble against its formula.")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each table, of which the median counts")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between the file's bubble marks")
-    options = parser.parse_args()
-    rows = run_all(options.steps)
-    text = report(rows, options.steps)
+@click.command()
+@click.option("--steps", default=5, show_default=True, help="steps of each table, of which the median counts")
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="write a picture")
+@click.option("--markdown", type=click.Path(path_type=Path), help="put the table between the file's bubble marks")
+def main(steps: int, svg: Path | None, markdown: Path | None) -> None:
+    """Hold the pipeline's bubble against its formula."""
+    rows = run_all(steps)
+    text = report(rows, steps)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
-    if options.markdown:
-        write_atomically(options.markdown, with_section(options.markdown, "bubble", text))
-    if options.svg:
-        write_atomically(options.svg, chart(rows))
+    if markdown:
+        write_atomically(markdown, with_section(markdown, "bubble", text))
+    if svg:
+        write_atomically(svg, chart(rows))
 
 
 if __name__ == "__main__":

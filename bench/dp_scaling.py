@@ -9,12 +9,12 @@ Root and iproute2 needed.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from datetime import date
 from pathlib import Path
 
+import click
 import torch
 
 from claims_picture import Line, lines_svg
@@ -50,11 +50,11 @@ def gigabits(cluster: Cluster, share: float) -> str:
     return f"{cluster.tiers[-1].bandwidth_bytes_per_s * share * 8e-9:g} Gbit/s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Data-parallel scaling, rehearsed and predicted.")
-    parser.add_argument("--steps", type=int, default=1, help="of each case, after one to warm up")
-    parser.add_argument("--svg", type=Path)
-    options = parser.parse_args()
+@click.command()
+@click.option("--steps", default=1, show_default=True, help="of each case, after one to warm up")
+@click.option("--svg", type=click.Path(path_type=Path), help="write a picture")
+def main(steps: int, svg: Path | None) -> None:
+    """Data-parallel scaling, rehearsed and predicted."""
     one_s = estimate(load_model_spec(MODEL), with_gpus(CLUSTER, 1), work(1), Layout(mb=MICRO_BATCH)).step_time_s
     print(
         f"`python bench/dp_scaling.py` on {date.today()}, {os.cpu_count()} cores, Linux {platform.release()}, torch "
@@ -68,14 +68,14 @@ def main() -> None:
     rates = [gigabits(CLUSTER, share) for share in SHARES]
     for rate, share in zip(rates, SHARES):
         for name, dp in zip(names, REPLICAS):
-            found = run(share, dp, options.steps)
+            found = run(share, dp, steps)
             measured[name].append(dp * one_s / found.step_time_s)
             predicted[name].append(dp * one_s / found.script.predicted.step_time_s)
         cells = [f"{measured[name][-1]:.2f} ({predicted[name][-1]:.2f})" for name in names]
         print(f"| {rate} | {' | '.join(cells)} |", flush=True)
-    if options.svg:
+    if svg:
         lines = [Line(name, measured[name], predicted[name]) for name in names]
-        write_atomically(options.svg, lines_svg("Tokens/s over one replica's", rates, lines))
+        write_atomically(svg, lines_svg("Tokens/s over one replica's", rates, lines))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of the rate that the planner says it can carry; the simulation gets the same arr
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 
+import click
 import httpx2 as httpx
 import numpy as np
 from rich.console import Console
@@ -51,22 +51,22 @@ KV_BYTES = 1 << 30
 Figures = dict[str, float]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cluster", default="cluster.toml", help="what `triaxial probe` wrote")
-    parser.add_argument("--only", choices=("layouts", "traffic"))
-    parser.add_argument("--layout", help="this one alone; of the traffic tp=2 if not given")
-    arguments = parser.parse_args()
-    cluster = load_cluster(arguments.cluster)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+@click.command()
+@click.option("--cluster", "name", default="cluster.toml", show_default=True, help="what `triaxial probe` wrote")
+@click.option("--only", type=click.Choice(["layouts", "traffic"]))
+@click.option("--layout", help="this one alone; of the traffic tp=2 if not given")
+def main(name: str, only: str | None, layout: str | None) -> None:
+    """What the planner says of our own engine on this machine, and what it does."""
+    cluster = load_cluster(name)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
         (folder / "config.json").write_text(json.dumps(CONFIG))
         spec = load_model_spec(str(folder))
-        if arguments.only != "traffic":
-            rows = layouts(folder, spec, cluster, (arguments.layout,) if arguments.layout else LAYOUTS)
+        if only != "traffic":
+            rows = layouts(folder, spec, cluster, (layout,) if layout else LAYOUTS)
             Console(width=110).print(table("prompts of 512 tokens at once", rows))
-        if arguments.only != "layouts":
-            rows = traffic(folder, spec, cluster, arguments.layout or "tp=2")
+        if only != "layouts":
+            rows = traffic(folder, spec, cluster, layout or "tp=2")
             Console(width=110).print(table(f"{REQUESTS} requests by chance", rows))
 
 

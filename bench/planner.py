@@ -10,11 +10,12 @@ Wall and processor time count from before the interpreter starts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
+
+import click
 
 OURS = """
 import json, time
@@ -84,10 +85,10 @@ def show(name: str, figures: dict[str, float]) -> tuple[float, float]:
     return decided, priced
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="interpreter of an environment with llm-analysis")
-    peer_python = parser.parse_args().peer_python
+@click.command()
+@click.option("--peer-python", metavar="PYTHON", help="interpreter of an environment with llm-analysis")
+def main(peer_python: str | None) -> None:
+    """How fast layouts are priced, and a whole question answered, against llm-analysis from PyPI."""
     headings = f"{'layouts':>10s} {'priced':>9s} {'search s':>9s} {'wall s':>8s} {'cpu s':>7s} {'layouts/s':>12s} {'priced/s':>10s}"
     print(f"{'':42s} {headings}")
     rates = [

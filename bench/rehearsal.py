@@ -13,7 +13,6 @@ duration.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import click
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -217,25 +217,26 @@ def with_section(path: Path, name: str, text: str) -> str:
     return old[: old.index(begin) + len(begin)] + text + old[old.index(end) :]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Rehearse every schedule with waits in place of compute.")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each schedule, of which the median counts")
-    parser.add_argument("--svg", type=Path, metavar="FOLDER", help="one picture a schedule, predicted above measured")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="put the table between the file's rehearsal marks"
-    )
-    options = parser.parse_args()
-    rows = run_all(options.steps)
-    text = report(rows, options.steps)
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--steps", default=5, show_default=True, help="steps of each schedule, of which the median counts")
+@click.option("--svg", type=PATH, metavar="FOLDER", help="one picture a schedule, predicted above measured")
+@click.option("--markdown", type=PATH, metavar="FILE", help="put the table between the file's rehearsal marks")
+def main(steps: int, svg: Path | None, markdown: Path | None) -> None:
+    """Rehearse every schedule with waits in place of compute."""
+    rows = run_all(steps)
+    text = report(rows, steps)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
-    if options.markdown:
-        write_atomically(options.markdown, with_section(options.markdown, "rehearsal", text))
-    if options.svg:
-        options.svg.mkdir(parents=True, exist_ok=True)
+    if markdown:
+        write_atomically(markdown, with_section(markdown, "rehearsal", text))
+    if svg:
+        svg.mkdir(parents=True, exist_ok=True)
         for row in rows:
             if row.message == "1 MiB":
                 named = [("predicted", row.predicted.timeline), ("measured", row.measured)]
-                write_atomically(options.svg / f"rehearsal-{row.schedule.kind}.svg", timeline_svg(named))
+                write_atomically(svg / f"rehearsal-{row.schedule.kind}.svg", timeline_svg(named))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Layouts of clusters of 16 and 32 GPUs rehearsed on this machine, beside what the planner expects of them.
 
-    python bench/rehearse_layouts.py [--cluster 2x8xH100-SXM] [--steps N] [--layouts tp=8,pp=2 ...]
+    python bench/rehearse_layouts.py [--cluster 2x8xH100-SXM] [--steps N] [tp=8,pp=2 ...]
 
 Every rank is a process; computation is waited for, messages are real, time is dilated (`triaxial rehearse`). Prints the
 step time and its parts, predicted and rehearsed, and whether the ranking is the same. Root and iproute2 needed.
@@ -8,12 +8,12 @@ step time and its parts, predicted and rehearsed, and whether the ranking is the
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Sequence
 from datetime import date
 
+import click
 import torch
 from rich.console import Console
 
@@ -69,18 +69,18 @@ def pair(predicted_s: float, rehearsed_s: float) -> str:
     return f"{predicted_s * 1e3:.1f} / {rehearsed_s * 1e3:.1f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Rehearse layouts and hold the planner's predictions against them.")
-    parser.add_argument("--cluster", choices=CASES, default="2x8xH100-SXM")
-    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="others than the bench's own")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each layout, after one to warm up")
-    options = parser.parse_args()
-    model, work = CASES[options.cluster]
+@click.command()
+@click.argument("layouts", nargs=-1, metavar="[LAYOUT]...")
+@click.option("--cluster", type=click.Choice(list(CASES)), default="2x8xH100-SXM", show_default=True)
+@click.option("--steps", default=2, show_default=True, help="steps of each layout, after one to warm up")
+def main(layouts: Sequence[str], cluster: str, steps: int) -> None:
+    """Rehearse the cluster's own layouts, or those given, and hold the planner's predictions against them."""
+    model, work = CASES[cluster]
     rows = []
-    for text in options.layouts or LAYOUTS[options.cluster]:
-        script = write_script(load_model_spec(model), load_cluster(options.cluster), work, parse_layout(text))
-        rows.append(rehearse(script, options.steps))
-    Console().print(report(options.cluster, rows), markup=False, highlight=False, soft_wrap=True)
+    for text in layouts or LAYOUTS[cluster]:
+        script = write_script(load_model_spec(model), load_cluster(cluster), work, parse_layout(text))
+        rows.append(rehearse(script, steps))
+    Console().print(report(cluster, rows), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

