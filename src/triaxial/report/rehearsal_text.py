@@ -48,11 +48,10 @@ def rehearsal_table(rehearsal: Rehearsal) -> Table:
 
 def rehearsal_text(rehearsal: Rehearsal) -> str:
     """How far the prediction is off."""
-    shortest, longest = min(rehearsal.steps_s), max(rehearsal.steps_s)
-    return (
-        f"predicted {rehearsal.error:+.1%} of the rehearsed step "
-        f"({len(rehearsal.steps_s)} steps, {seconds_text(shortest)} to {seconds_text(longest)})"
-    )
+    seconds = rehearsal.steps_s
+    spread = f"{len(seconds)} steps, {seconds_text(min(seconds))} to {seconds_text(max(seconds))}"
+    steps = "one step" if len(seconds) == 1 else spread
+    return f"predicted {rehearsal.error:+.1%} of the rehearsed step ({steps})"
 
 
 def rehearsal_document(rehearsal: Rehearsal, cluster: Cluster) -> dict[str, Any]:
