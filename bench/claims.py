@@ -76,6 +76,7 @@ def main(keep: Path, rates: str, out: Path | None) -> None:
     text = report(one, two, list(flips(records, TWO_SEQUENCES, two)))
     click.echo(text)
     if out:
+        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "claims-links.md", text)
         for name, picture in pictures(one, two).items():
             write_atomically(out / f"{name}.svg", picture)

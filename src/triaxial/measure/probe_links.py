@@ -91,7 +91,10 @@ def _whole(num_bytes: int, ranks: int) -> int:
 
 
 def _messages(watch: Stopwatch, cluster: Cluster, mesh: Mesh, layout: Layout) -> LinkTimings:
-    """Seconds of one hop: an activation goes to the last stage and its gradient back, by the executor itself."""
+    """Seconds of one hop: an activation goes to the last stage and its gradient back, by the executor itself.
+
+    All pipelines send at once: out of step, those that share a link would use it in both directions at the same time.
+    """
     schedule = build_schedule("gpipe", ranks=layout.pp, micro_batches=1)
     sizes, seconds = [], []
     for num_bytes in SIZES:
@@ -105,7 +108,7 @@ def _messages(watch: Stopwatch, cluster: Cluster, mesh: Mesh, layout: Layout) ->
             device=watch.device,
         )
         sizes.append(num_bytes)
-        seconds.append(watch.slowest(pipeline.run) / (2 * (layout.pp - 1)))
+        seconds.append(watch.slowest(pipeline.run, in_step=True) / (2 * (layout.pp - 1)))
         if seconds[-1] > _TOO_LONG_S:
             break
     return _record(cluster, layout, "pp", "send_recv", False, sizes, seconds)

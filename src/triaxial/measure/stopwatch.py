@@ -44,16 +44,21 @@ class Stopwatch:
             repeats, passed = repeats + 1, time.perf_counter() - began
         return passed / repeats
 
-    def slowest(self, work: Work) -> float:
-        """Seconds of one repetition on the rank that takes longest."""
-        return max(self.each(self.own_seconds(work)))
+    def slowest(self, work: Work, *, in_step: bool = False) -> float:
+        """Seconds of one repetition on the rank that takes longest; `in_step`: all ranks begin each one together."""
+        return max(self.each(self.own_seconds(work, in_step=in_step)))
 
-    def own_seconds(self, work: Work) -> float:
+    def own_seconds(self, work: Work, *, in_step: bool = False) -> float:
         """Typical seconds of one repetition on this rank."""
         first = max(self.each(self._timed(work)))
         repeats = int(min(self._MOST, max(self._LEAST, self.budget_s / max(first, 1e-7))))
         self.barrier()
-        return self.typical([self._timed(work) for _ in range(repeats)])
+        seconds = []
+        for _ in range(repeats):
+            if in_step:
+                self.barrier()
+            seconds.append(self._timed(work))
+        return self.typical(seconds)
 
     def each(self, seconds: float) -> list[float]:
         """Every rank's own number, by rank."""
