@@ -16,6 +16,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror src/triaxial/kernels/*.cpp src/triaxial/kernels/*.h
 	$(BIN)/mypy
 
 bench: $(READY)
@@ -23,7 +24,7 @@ bench: $(READY)
 		if [ -f bench/$$script.py ]; then $(BIN)/python bench/$$script.py || exit 1; fi; done
 
 # torch comes first, by itself: on a machine without a GPU its plain wheel would pull in several GB of CUDA.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard src/triaxial/kernels/*.cpp src/triaxial/kernels/*.h)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: set PYTHON=") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"

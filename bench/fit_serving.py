@@ -32,7 +32,7 @@ CONSTANTS: dict[str, tuple[float, float, float]] = {
     "stream.gddr": (0.6, 0.8, 0.95),
     "stream.hopper": (0.6, 0.8, 0.95),
     "stream.blackwell": (0.6, 0.8, 0.95),
-    "kv_gain": (0.4, 0.9, 1.2),
+    "kv_gain": (0.4, 0.9, 1.12),
     "cache_gain": (1.0, 4.0, 20.0),
     "held_rate": (0.6, 0.9, 1.1),
     "graph_kernel_s": (0.5e-6, 2e-6, 6e-6),

@@ -29,13 +29,14 @@ from rich.table import Table
 from serving import CONFIG
 from soak import MAX_BATCH, serving
 from triaxial.cluster.spec import Cluster, load_cluster
+from triaxial.cluster.timings import ServerTimings
+from triaxial.measure.probe_server import ANSWER_TOKENS, processor_seconds
 from triaxial.model.spec import ModelSpec, load_model_spec
-from triaxial.plan.layout import parse_layout
-from triaxial.plan.serving.engine import OURS
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.served import Served
-from triaxial.plan.serving.simulate import simulate
-from triaxial.plan.serving.step import StepCost, step_cost
+from triaxial.plan.serving.cost.step import StepCost, step_cost
+from triaxial.plan.serving.engine import OURS, OURS_CALLED, Engine
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.served import Served
+from triaxial.plan.serving.simulation.simulate import simulate
 from triaxial.plan.serving.traffic import LogNormal, Traffic, at_once, draw_lengths, poisson
 from triaxial.plan.serving.workload import Serving
 from triaxial.serve.generation import Generator
@@ -83,10 +84,15 @@ def table(title: str, rows: Iterator[tuple[str, Figures, Figures]]) -> Table:
     return made
 
 
-def priced(folder: Path, spec: ModelSpec, cluster: Cluster, layout: str) -> tuple[StepCost, EngineSettings]:
-    settings = EngineSettings(model=str(folder), layout=layout, kv_memory=KV_BYTES)
+def engine_settings(folder: Path, layout: str) -> EngineSettings:
+    return EngineSettings(model=str(folder), layout=layout, kv_memory=KV_BYTES)
+
+
+def priced(
+    spec: ModelSpec, cluster: Cluster, settings: EngineSettings, engine: Engine, client: ServerTimings | None = None
+) -> StepCost:
     work = Serving(input_len=PROMPT_TOKENS, output_len=NEW_TOKENS, chunk_tokens=settings.step_tokens)
-    return step_cost(spec, cluster, parse_layout(layout), work, OURS), settings
+    return step_cost(spec, cluster, settings.parsed_layout, work, engine, client=client)
 
 
 def limits(cost: StepCost, settings: EngineSettings, max_batch: int) -> Limits:
@@ -101,7 +107,8 @@ def layouts(
     folder: Path, spec: ModelSpec, cluster: Cluster, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Figures, Figures]]:
     for layout in names:
-        cost, settings = priced(folder, spec, cluster, layout)
+        settings = engine_settings(folder, layout)
+        cost = priced(spec, cluster, settings, OURS_CALLED)
         measured = asyncio.run(play_layout(settings))
         for batch in BATCHES:
             lengths = np.full(batch, PROMPT_TOKENS), np.full(batch, NEW_TOKENS)
@@ -156,13 +163,15 @@ def ids(rng: random.Random, count: int) -> list[int]:
 
 
 def traffic(folder: Path, spec: ModelSpec, cluster: Cluster, layout: str) -> Iterator[tuple[str, Figures, Figures]]:
-    cost, settings = priced(folder, spec, cluster, layout)
+    settings = engine_settings(folder, layout)
+    cost = priced(spec, cluster, settings, OURS)
     sizes = limits(cost, settings, MAX_BATCH)
     lengths = tuple(np.minimum(column, LONGEST) for column in draw_lengths(INPUTS, OUTPUTS, REQUESTS))
     rate = LOAD * simulate(at_once(*lengths), cost, sizes).requests_per_s
     arriving = poisson(*lengths, rate)
-    measured = asyncio.run(play_traffic(folder, layout, arriving))
-    predicted = simulate(arriving, cost, sizes)
+    client, measured = asyncio.run(play_traffic(folder, layout, arriving))
+    print(f"client's processor seconds: {client}", file=sys.stderr)
+    predicted = simulate(arriving, priced(spec, cluster, settings, OURS, client), sizes)
     for percentile in (50, 90):
         yield (
             f"{layout}, {rate:.2f} requests/s, {'median' if percentile == 50 else f'{percentile}th percentile'}",
@@ -176,12 +185,13 @@ def of_percentile(served: Served, percentile: int) -> Figures:
     return {metric: float(np.nanpercentile(column, percentile)) for metric, column in columns.items()}
 
 
-async def play_traffic(folder: Path, layout: str, arriving: Traffic) -> Served:
-    """Ask a server at the traffic's times; what clients saw."""
+async def play_traffic(folder: Path, layout: str, arriving: Traffic) -> tuple[ServerTimings, Served]:
+    """Ask a server at the traffic's times: what asking takes of this process, measured before, and what clients saw."""
     rng, times = random.Random(0), np.zeros((len(arriving), 3))
     async with serving(folder, layout) as (process, http):
         for length in (LONGEST, 16, PROMPT_TOKENS):  # warm
             await ask(http, ids(rng, length), 4)
+        client = await client_seconds(http, rng)
         prompts = [ids(rng, length) for length in arriving.input_tokens]
         began = time.perf_counter()
 
@@ -194,7 +204,19 @@ async def play_traffic(folder: Path, layout: str, arriving: Traffic) -> Served:
         await asyncio.gather(*(one(number) for number in range(len(arriving))))
         process.terminate()
     asked, first, last = times.T
-    return Served(asked, asked, first, last, arriving.input_tokens, arriving.output_tokens, (), 0.0)
+    return client, Served(asked, asked, first, last, arriving.input_tokens, arriving.output_tokens, (), 0.0)
+
+
+async def client_seconds(http: httpx.AsyncClient, rng: random.Random) -> ServerTimings:
+    """This process's own processor time, which the server's ranks may lack."""
+
+    async def took(clients: int, tokens: int) -> float:
+        before = time.process_time()
+        await asyncio.gather(*(ask(http, ids(rng, PROMPT_TOKENS // 2), tokens) for _ in range(clients)))
+        return time.process_time() - before
+
+    first = await took(MAX_BATCH, 1) / MAX_BATCH
+    return processor_seconds(first, await took(1, ANSWER_TOKENS), await took(MAX_BATCH, ANSWER_TOKENS), MAX_BATCH)
 
 
 async def ask(http: httpx.AsyncClient, prompt: list[int], count: int) -> tuple[float, float]:

@@ -16,11 +16,11 @@ from rich.table import Table
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.layout import Layout
+from triaxial.plan.serving.cost.step import step_cost
 from triaxial.plan.serving.demand import demand_for, serving_work
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.plan import plan_serving
-from triaxial.plan.serving.simulate import simulate
-from triaxial.plan.serving.step import step_cost
+from triaxial.plan.serving.search.plan import plan_serving
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.simulate import simulate
 from triaxial.plan.serving.traffic import LogNormal, draw_lengths, poisson
 
 REQUESTS = 10_000

@@ -7,7 +7,7 @@ import pytest
 
 from triaxial import BadInput, Ended, NoAnswer
 from triaxial.cluster.spec import load_cluster
-from triaxial.cluster.timings import AttentionTiming, DeviceTimings, GemmTiming
+from triaxial.cluster.timings import AttentionTiming, DeviceTimings, GemmTiming, PassTiming
 from triaxial.measure import bench_training as module
 from triaxial.measure.bench_training import bench_training, training_layouts
 from triaxial.measure.compare import TERMS, compare_run, read_measured
@@ -143,8 +143,8 @@ def test_reading_is_priced_where_it_was_probed() -> None:
                 ),
             )
         },
-        pass_bytes_per_s={"bf16": 1e9},
-        pass_launch_s={"bf16": 1e-6},
+        forward_passes={"bf16": PassTiming(launch_s=1e-6, bytes_per_s=1e9)},
+        backward_passes={"bf16": PassTiming(launch_s=1e-6, bytes_per_s=1e9)},
         step_s=0.0,
         token_s=1e-3,
         reserve_bytes=0.0,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from triaxial.cluster.spec import Cluster, load_cluster, to_toml
-from triaxial.measure.probe_compute import ATTENTIONS, TOKENS, WIDTHS
 from triaxial.measure.probe_links import SIZES
+from triaxial.measure.probe_products import ATTENTIONS, LINEARS
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.layout import parse_layout
 from triaxial.plan.training.price import Estimate, estimate
@@ -49,14 +49,17 @@ def test_points_of_the_device(probed: Probed) -> None:
     shapes = {(p.m, p.n, p.k) for p in device.timings.gemm["fp32"]}
     assert shapes == {
         shape
-        for out, into in WIDTHS
-        for tokens in TOKENS
-        for shape in ((tokens, out, into), (tokens, into, out), (into, out, tokens))
+        for s in LINEARS
+        for shape in ((s.tokens, s.out, s.into), (s.tokens, s.into, s.out), (s.into, s.out, s.tokens))
     }
-    assert {(p.sequences, p.length, p.head_dim) for p in device.timings.attention["fp32"]} == set(ATTENTIONS)
+    attentions = {(p.sequences, p.heads, p.length, p.head_dim) for p in device.timings.attention["fp32"]}
+    assert attentions == {(s.sequences, s.heads, s.length, s.head_dim) for s in ATTENTIONS}
     # a product of a million multiplications is slower than one of 64
     seconds = {(p.m, p.n, p.k): p.seconds for p in device.timings.gemm["fp32"]}
     assert seconds[1024, 1024, 1024] > 100 * seconds[1, 64, 64] > 0
+    for passes in (device.timings.forward_passes, device.timings.backward_passes):
+        assert 0 <= passes["fp32"].launch_s < 1e-2
+        assert 1e8 < passes["fp32"].bytes_per_s < 1e12
     assert 1e9 < device.peak("fp32") < 1e13
     assert 1e8 < device.memory_bandwidth_bytes_per_s < 1e12
     assert 0 < device.launch_s < 1e-3

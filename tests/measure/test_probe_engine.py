@@ -11,7 +11,7 @@ from triaxial.measure import probe_engine
 from triaxial.measure.stopwatch import Stopwatch
 from triaxial.model.spec import load_model_spec
 from triaxial.parallel.mesh import Axis
-from triaxial.plan.serving.probed import product_seconds
+from triaxial.plan.serving.cost.probed import product_seconds
 
 WATCH = Stopwatch(Axis("world", (0,), 0), torch.device("cpu"), 1e-3)
 

@@ -15,6 +15,10 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def thread_time(self) -> float:
+        """Another program has a third of this processor."""
+        return self.now * 2 / 3
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -33,7 +37,7 @@ def work(clock: Clock, seconds: list[float]):
     return run
 
 
-def watch(**how: bool) -> Stopwatch:
+def watch(**how: float) -> Stopwatch:
     return Stopwatch(Axis("world", (0,), 0), torch.device("cpu"), 1.0, **how)
 
 
@@ -41,8 +45,9 @@ def test_neither_the_first_repetition_nor_a_disturbed_one_counts(clock: Clock) -
     assert watch().seconds(work(clock, [0.25, 0.25, 9.0, 0.125, 0.25])) == 0.25
 
 
-def test_where_ranks_take_turns_the_waiting_counts(clock: Clock) -> None:
-    assert watch(shared=True).seconds(work(clock, [9.0, 0.75, 0.25, 0.75, 0.25])) == 0.5
+def test_where_ranks_take_turns_each_one_counts_whatever_else_waits(clock: Clock) -> None:
+    found = watch(turns=3).seconds(work(clock, [9.0, 0.5, 0.25, 0.75]))
+    assert found == pytest.approx(3 * 0.5 * 2 / 3)
     assert watch().seconds(work(clock, [0.25, 0.5, 0.0, 0.0, 0.0])) == 0.0
 
 

@@ -38,9 +38,9 @@ def build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     match family:
         case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE))
+            model = LlamaForCausalLM(LlamaConfig(**SIZES | {"head_dim": 32}, rope_parameters=LLAMA3_ROPE))
         case "mistral":
-            model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=37))
+            model = MistralForCausalLM(MistralConfig(**SIZES | {"head_dim": 64}, sliding_window=37))
         case "qwen2":
             windows = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 2}
             model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **windows))

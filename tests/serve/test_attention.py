@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triaxial.kernels.operations import Kernels, kernels_for
 from triaxial.model.spec import load_model_spec
 from triaxial.serve.attention import StepAttention, attention
 from triaxial.serve.cache import PagedCache
@@ -42,7 +43,7 @@ def decoding(slots: list[int], lengths: list[int]) -> StepArrays:
     ids=["alike", "unlike", "alone", "first token"],
 )
 def test_each_sequence_sees_its_own_keys(slots: list[int], lengths: list[int], layer: int) -> None:
-    cache = PagedCache(2, 5 * HOME, BLOCK, KV_HEADS, DIM, home=HOME, like=LIKE)
+    cache = PagedCache(2, 5 * HOME, BLOCK, KV_HEADS, DIM, home=HOME, like=LIKE, kernels=None)
     k, v = torch.randn(2, 5 * HOME * BLOCK, KV_HEADS, DIM, dtype=LIKE.dtype)
     cache.write(layer, torch.arange(len(k)), k, v)
     q = torch.randn(len(slots), HEADS, DIM, dtype=LIKE.dtype)
@@ -69,3 +70,36 @@ def test_one_query_of_many_keys_is_not_causal() -> None:
     torch.testing.assert_close(last, whole[:, :, -1:], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(whole[:, :, :1], v[:, :, :1], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(F.scaled_dot_product_attention(q[:, :, -1:], k, v, is_causal=True), last)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["full", "windowed"])
+def test_kernels_see_what_torch_sees(layer: int) -> None:
+    """Two decoding sequences and chunks of two prompts, one from its beginning on: blocks lie in any order."""
+    torch.set_num_threads(1)
+    like, dim, held, counts = torch.empty(0, dtype=torch.bfloat16), 32, [40, 17, 0, 30], [1, 1, 35, 20]
+    kernels = kernels_for(like)
+    if kernels is None:
+        pytest.skip("no kernels for this processor")
+    spec = SPEC.model_copy(update={"head_dim": dim})
+    n, rows = len(held), sum(counts)
+    step = StepArrays(
+        number=0,
+        slots=np.arange(n),
+        first=np.array(held),
+        counts=np.array(counts),
+        sample=np.ones(n, bool),
+        score=np.zeros(n, bool),
+        base=np.zeros(n, np.int64),
+        tables=np.random.default_rng(0).permutation(16).reshape(n, 4),
+        tokens=np.zeros(rows, np.int64),
+        states=[],
+    )
+    cached = torch.randn(2, 256, KV_HEADS, dim).bfloat16()
+    q, k, v = torch.randn(rows, 1, HEADS + 2 * KV_HEADS, dim).bfloat16().split([HEADS, KV_HEADS, KV_HEADS], dim=2)
+
+    def attended(found: Kernels | None) -> Tensor:
+        cache = PagedCache(2, 16, 16, KV_HEADS, dim, home=4, like=like, kernels=found)
+        cache.write(layer, torch.arange(256), *cached)
+        return StepAttention(spec, cache, step, like).attend(layer, layer)(q.contiguous(), k, v)
+
+    torch.testing.assert_close(attended(kernels), attended(None), rtol=2**-6, atol=2**-6)

@@ -11,7 +11,7 @@ LIKE = torch.empty(0, dtype=torch.bfloat16)
 
 
 def test_keys_and_values_are_read_as_they_were_written() -> None:
-    cache = PagedCache(2, 7, 4, 3, 8, home=3, like=LIKE)  # two homes of 12 tokens, and a block of neither
+    cache = PagedCache(2, 7, 4, 3, 8, home=3, like=LIKE, kernels=None)  # two homes of 12 tokens, and a block of neither
     k, v = torch.randn(2, 28, 3, 8).bfloat16()
     places = torch.randperm(28)
     cache.write(1, places, k[places], v[places])
@@ -29,7 +29,7 @@ def test_keys_and_values_are_read_as_they_were_written() -> None:
 def test_only_what_is_written_takes_memory() -> None:
     process = psutil.Process()
     before, blocks = process.memory_info().rss, 1 << 14
-    cache = PagedCache(2, blocks, 16, 4, 64, home=blocks // 8, like=LIKE)
+    cache = PagedCache(2, blocks, 16, 4, 64, home=blocks // 8, like=LIKE, kernels=None)
     assert blocks * block_bytes(2, 16, 4, 64, LIKE.dtype) == 512 << 20
     cache.write(0, torch.arange(16), *torch.ones(2, 16, 4, 64).bfloat16())
     assert process.memory_info().rss - before < 64 << 20

@@ -63,7 +63,7 @@ def llama(references: dict[str, Reference]) -> Reference:
 @pytest.fixture(scope="module", params=["tp=1", "tp=2,pp=2"])
 def small(request: pytest.FixtureRequest, llama: Reference) -> Iterator[Driver]:
     """An engine whose cache holds far less than what it is asked for at once."""
-    per_token = 2 * 4 * 4 * 8 * 2 * (1 if request.param == "tp=1" else 0.25)  # k and v, layers, bytes, dim, kv heads
+    per_token = 2 * 4 * 4 * 32 * 2 * (1 if request.param == "tp=1" else 0.25)  # k and v, layers, bytes, dim, kv heads
     memory = int(16 * 16 * per_token)
     driver = Driver(
         model=str(llama.folder), layout=request.param, chunk_tokens=32, max_batch=8, kv_memory=memory, max_model_len=200

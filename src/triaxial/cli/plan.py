@@ -28,7 +28,7 @@ from triaxial.plan.search.explain import why_not
 from triaxial.plan.search.plan import OBJECTIVES, TrainingPlan, plan_training
 from triaxial.plan.serving.demand import Objective, demand_for, serving_work, with_price
 from triaxial.plan.serving.engine import SERVERS
-from triaxial.plan.serving.plan import plan_serving
+from triaxial.plan.serving.search.plan import plan_serving
 from triaxial.plan.workload import Training
 from triaxial.report.frontier import frontier_table
 from triaxial.report.serving_page import serving_page, serving_plans_table

@@ -37,6 +37,15 @@ class AttentionTiming(_Frozen):
     backward_s: PositiveFloat
 
 
+class PassTiming(_Frozen):
+    """Memory-bound passes of a layer, a line over the bytes that the planner counts for them. A runtime without fused
+    kernels moves more than these, and not alike in both directions."""
+
+    launch_s: NonNegativeFloat
+    """Seconds of each pass however little it moves."""
+    bytes_per_s: PositiveFloat
+
+
 class ProductTiming(_Frozen):
     """Products of so many rows with weights that come from memory: a line over the elements of the weight."""
 
@@ -58,6 +67,24 @@ class EngineRates(_Frozen):
     pass_bytes_per_s: PositiveFloat
 
 
+class ServerTimings(_Frozen):
+    """Seconds of a processor that HTTP, and tokens from and to text, take beside an engine's steps."""
+
+    request_s: NonNegativeFloat
+    """Of a request, up to its first token."""
+    step_s: NonNegativeFloat
+    """Once a step whose tokens are passed on; the next for each of them."""
+    sequence_s: NonNegativeFloat
+
+    def beyond(self, step_s: float, sequence_s: float) -> ServerTimings:
+        """Without what counts elsewhere."""
+        return ServerTimings(
+            request_s=self.request_s,
+            step_s=max(0.0, self.step_s - step_s),
+            sequence_s=max(0.0, self.sequence_s - sequence_s),
+        )
+
+
 class EngineTimings(_Frozen):
     """What a step of Triaxial's own engine takes."""
 
@@ -68,6 +95,8 @@ class EngineTimings(_Frozen):
     step_s: NonNegativeFloat = 0.0
     """Seconds of the host once a step; the next for each sequence in it."""
     sequence_s: NonNegativeFloat = 0.0
+    server: ServerTimings | None = None
+    """Where it is installed."""
 
     def rates_in(self, precision: str) -> EngineRates:
         """Rates in a precision.
@@ -83,10 +112,8 @@ class DeviceTimings(_Frozen):
 
     gemm: dict[str, tuple[GemmTiming, ...]] = Field(min_length=1)
     attention: dict[str, tuple[AttentionTiming, ...]] = Field(min_length=1)
-    pass_bytes_per_s: dict[str, PositiveFloat]
-    """Rate of a layer's memory-bound passes, over the bytes that the planner counts for them."""
-    pass_launch_s: dict[str, NonNegativeFloat]
-    """Seconds of each of these passes however little it moves."""
+    forward_passes: dict[str, PassTiming]
+    backward_passes: dict[str, PassTiming]
     step_s: NonNegativeFloat
     """Seconds of a training step outside the model."""
     token_s: NonNegativeFloat = 0.0
@@ -106,13 +133,13 @@ class DeviceTimings(_Frozen):
         """
         return _in(self.gemm, precision)
 
-    def passes_in(self, precision: str) -> tuple[float, float]:
-        """Seconds of a memory-bound pass and its bytes per second, in a precision.
+    def passes_in(self, precision: str, *, backward: bool) -> PassTiming:
+        """Memory-bound passes in a precision.
 
         Raises:
             BadInput: it was not probed.
         """
-        return _in(self.pass_launch_s, precision), _in(self.pass_bytes_per_s, precision)
+        return _in(self.backward_passes if backward else self.forward_passes, precision)
 
     def attention_in(self, precision: str) -> tuple[AttentionTiming, ...]:
         """Attention in a precision.

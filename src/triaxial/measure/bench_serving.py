@@ -16,7 +16,7 @@ from triaxial.cluster.spec import Cluster
 from triaxial.measure.bench import Bench, cuts, run_layouts
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.engine import OURS
+from triaxial.plan.serving.engine import OURS_CALLED
 from triaxial.plan.serving.estimate import ServingEstimate, estimate_serving, traffic_of
 from triaxial.plan.serving.workload import Serving
 from triaxial.serve.generation import Answer, Generator, run_to_end
@@ -96,7 +96,7 @@ def bench_serving(
     def predict(layout: Layout) -> ServingEstimate:
         settings = _settings(model, layout, work)
         limited = replace(work, max_batch=settings.max_batch, chunk_tokens=settings.step_tokens)
-        return estimate_serving(spec, cluster, limited, layout, OURS)
+        return estimate_serving(spec, cluster, limited, layout, OURS_CALLED)
 
     def run(layout: Layout, predicted: ServingEstimate) -> ServingComparison:
         prompts = _prompts(spec, work, layout)

@@ -60,9 +60,9 @@ def probe(rank: int, device: torch.device, precisions: tuple[Precision, ...], te
     world = Axis("world", tuple(range(dist.get_world_size())), rank, dist.group.WORLD)
     nodes = _nodes(world.size)
     per_machine = max(Counter(_from_all(world.size, machine_identity())).values())
-    shared = device.type == "cpu" and per_machine > (os.cpu_count() or 1)
-    watch = Stopwatch(world, device, _BUDGET_S, shared=shared)
-    timings, stream, launch = device_timings(watch, precisions, per_machine, tell)
+    turns = max(1.0, per_machine / (os.cpu_count() or 1)) if device.type == "cpu" else 1.0
+    watch = Stopwatch(world, device, _BUDGET_S, turns=turns if torch.get_num_threads() == 1 else None)
+    timings, stream, launch = device_timings(watch, precisions, turns, tell)
     timings = timings.model_copy(update={"engine": engine_timings(watch, precisions, tell)})
     skeleton = Cluster(
         name="probed",

@@ -23,16 +23,18 @@ import torch.distributed as dist
 
 from triaxial import NoAnswer
 from triaxial.cluster.timings import EngineRates, EngineTimings, ProductTiming
-from triaxial.measure.probe_compute import LayerRow, fit_passes
+from triaxial.kernels.operations import kernels_for
+from triaxial.measure.probe_layers import LayerRow, fit_passes
+from triaxial.measure.probe_server import server_timings
 from triaxial.measure.stopwatch import Stopwatch
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.parallel.mesh import Axis, build_mesh
 from triaxial.plan.cost.operators import Gemm, Pass
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.operators import layer_operators
-from triaxial.plan.serving.probed import product_seconds
+from triaxial.plan.serving.cost.operators import layer_operators
+from triaxial.plan.serving.cost.probed import product_seconds
 from triaxial.plan.workload import Precision
-from triaxial.serve.attention import attention
+from triaxial.serve.attention import prompt_attention
 from triaxial.serve.engine import Engine
 from triaxial.serve.operations import linear, pack
 from triaxial.serve.ranks import LARGE_PAGES
@@ -74,7 +76,7 @@ def engine_timings(watch: Stopwatch, precisions: Sequence[Precision], tell: Call
         found = [found[0], ""] if len(found) == 1 else found
         dist.broadcast_object_list(found)
     ranks, host = (EngineTimings.model_validate_json(text) for text in found)
-    return ranks.model_copy(update={"step_s": host.step_s, "sequence_s": host.sequence_s})
+    return host.model_copy(update={"rates": ranks.rates, "stage_s": ranks.stage_s})
 
 
 def _in_a_rank(watch: Stopwatch, *arguments: str) -> str:
@@ -110,7 +112,7 @@ def _rates(watch: Stopwatch, precision: str) -> EngineRates:
     rank = _Rank(watch, spec, precision)
     steps = {n: rank.seconds(_decoding(n, held=1)) for n in (1, _SEQUENCES)}
     rows = [_row(spec, n, precision, products, seconds) for n, seconds in steps.items()]
-    for tokens in (16, 64, 2 * _PROMPT):
+    for tokens in (16, 64, 2 * _PROMPT, 4 * _PROMPT):
         core = spec.num_layers * 2 * spec.attention_width * tokens * (tokens + 1) / attended
         rows.append(_row(spec, tokens, precision, products, rank.seconds(_prompt(tokens)) - core))
     for slot in range(_SEQUENCES):
@@ -145,8 +147,9 @@ def _products(watch: Stopwatch, dtype: torch.dtype) -> Iterator[ProductTiming]:
 def _attention_flop_per_s(watch: Stopwatch, dtype: torch.dtype) -> float:
     """Of a prompt's causal attention: two products of head_dim per head for every key that a query sees."""
     heads, head_dim, tokens = _LARGE["num_heads"], _LARGE["head_dim"], 4 * _PROMPT
-    q, k, v = (torch.full((1, n, tokens, head_dim), 0.01, dtype=dtype, device=watch.device) for n in (heads, 8, 8))
-    return 2 * heads * head_dim * tokens * (tokens + 1) / watch.seconds(lambda: attention(q, k, v, None, causal=True))
+    q, k, v = (torch.full((tokens, n, head_dim), 0.01, dtype=dtype, device=watch.device) for n in (heads, 8, 8))
+    seconds = watch.seconds(lambda: prompt_attention(q, k, v, kernels_for(q)))
+    return 2 * heads * head_dim * tokens * (tokens + 1) / seconds
 
 
 def _row(spec: ModelSpec, tokens: int, precision: str, products: Sequence[ProductTiming], seconds: float) -> LayerRow:
@@ -219,7 +222,9 @@ def _host(watch: Stopwatch, precision: str) -> EngineTimings:
     whole = asyncio.run(_whole_steps(precision))
     beyond = {n: seconds - rank.seconds(_decoding(n, held=_GIVEN)) for n, seconds in whole.items()}
     sequence_s = max(0.0, (beyond[_SEQUENCES] - beyond[1]) / (_SEQUENCES - 1))
-    return EngineTimings(rates={}, step_s=max(0.0, beyond[1] - sequence_s), sequence_s=sequence_s)
+    step_s = max(0.0, beyond[1] - sequence_s)
+    server = server_timings(precision, _SEQUENCES, step_s, sequence_s)
+    return EngineTimings(rates={}, step_s=step_s, sequence_s=sequence_s, server=server)
 
 
 async def _whole_steps(precision: str) -> dict[int, float]:

@@ -12,9 +12,6 @@ from triaxial.parallel.mesh import Axis
 
 Work = Callable[[], object]
 
-_WINDOWS = 2
-"""Budgets that ranks on shared processors work for, many turns each."""
-
 
 class Stopwatch:
     """Times work that every rank of the world starts together.
@@ -24,25 +21,27 @@ class Stopwatch:
 
     _LEAST, _MOST = 3, 200
 
-    def __init__(self, world: Axis, device: torch.device, budget_s: float, *, shared: bool = False) -> None:
-        """`shared`: ranks take turns on their processors, so that a median would leave the waiting out."""
-        self.world, self.device, self.budget_s, self._shared = world, device, budget_s, shared
-        self.typical: Callable[[list[float]], float] = statistics.fmean if shared else statistics.median
+    def __init__(self, world: Axis, device: torch.device, budget_s: float, *, turns: float | None = None) -> None:
+        """`turns`: ranks to a processor, where each computes in a single thread; more than one take turns, so that a
+        median would leave the waiting out."""
+        self.world, self.device, self.budget_s, self._turns = world, device, budget_s, turns
+        self.typical: Callable[[list[float]], float] = statistics.fmean if (turns or 1) > 1 else statistics.median
 
     def seconds(self, work: Work) -> float:
         """Seconds of one repetition, averaged over the ranks."""
-        own_seconds = self._seconds_in_window if self._shared else self.own_seconds
-        return self._sum(own_seconds(work)) / self.world.size
+        own = self.own_seconds(work) if self._turns is None else self._turns * self._computed_seconds(work)
+        return self._sum(own) / self.world.size
 
-    def _seconds_in_window(self, work: Work) -> float:
-        """Mean seconds of a repetition in a time that all ranks fill: one that is done early would free a processor."""
+    def _computed_seconds(self, work: Work) -> float:
+        """Mean seconds that a repetition computes in a time that all ranks fill. When others, or other programs, have
+        the processor is chance, and left out."""
         work()
         self.barrier()
-        began, repeats, passed = time.perf_counter(), 0, 0.0
-        while passed < _WINDOWS * self.budget_s or repeats < self._LEAST:
+        began, computed, repeats = time.perf_counter(), time.thread_time(), 0
+        while time.perf_counter() - began < self.budget_s or repeats < self._LEAST:
             work()
-            repeats, passed = repeats + 1, time.perf_counter() - began
-        return passed / repeats
+            repeats += 1
+        return (time.thread_time() - computed) / repeats
 
     def slowest(self, work: Work, *, in_step: bool = False) -> float:
         """Seconds of one repetition on the rank that takes longest; `in_step`: all ranks begin each one together."""

@@ -9,7 +9,7 @@ A `Unit` holds the parameters of one block back to back in one buffer, so that o
 | 2 | sharded | sharded | whole | a reduce-scatter every micro-batch, one all-gather |
 | 3 | sharded | sharded | sharded | as 2, and an all-gather before every forward and backward |
 
-Hybrid sharding shards over part of the axis and all-reduces the shards over the rest.
+Hybrid sharding shards over part of the axis and all-reduces the shards over the rest, each as soon as it is complete.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Unit:
         self.gradient = self._sums if self.shard.size == 1 else torch.zeros_like(self.master)
         self._gathering: Pending | None = None
         self._reducing: Pending | None = None
+        self._replicating: Pending | None = None
         self.counts = True
         self._users = self._unfinished = 0
         self._release_sums()
@@ -170,13 +171,18 @@ class Unit:
         if self.zero >= 2:
             self._reducing = self.shard.reduce_scatter_async(self._sums)
         elif last and not self._unfinished:
-            axis, reduce = (
-                (self.shard, Axis.reduce_scatter_async) if self.zero else (self.replicate, Axis.all_reduce_async)
-            )
-            self._reducing = reduce(axis, self._sums)
+            reduce = self.shard.reduce_scatter_async if self.zero else self.replicate.all_reduce_async
+            self._reducing = reduce(self._sums)
+
+    @property
+    def reduces_in_turn(self) -> bool:
+        """Whether a reduction is to be finished once the next one has started: sharded gradients keep one whole buffer
+        in flight, no more, and the shards of replicas go on to be summed over them."""
+        return self.zero >= 2 or (self.zero == 1 and self.replicate.size > 1)
 
     def finish_reduce(self) -> None:
-        """The reduction in flight, if any, is in `gradient` when this returns."""
+        """The reduction in flight, if any, is in `gradient` when this returns. If it was the step's last, the shard is
+        on its way to be summed over its replicas."""
         if self._reducing is None:
             return
         part = self._reducing.wait()
@@ -184,6 +190,15 @@ class Unit:
         if self.zero:
             self.gradient.add_(part)
             self._release_sums()
+            if not self._unfinished:
+                self._replicating = self.replicate.all_reduce_async(self.gradient)
+
+    def finish_step(self) -> None:
+        """`gradient` is summed over all data-parallel ranks when this returns."""
+        self.finish_reduce()
+        if self._replicating is not None:
+            self._replicating.wait()
+            self._replicating = None
 
     def _release_sums(self) -> None:
         if self.zero >= 2:
@@ -234,13 +249,12 @@ def _allocate(buffer: Tensor) -> None:
 
 
 def finish_gradients(units: Sequence[Unit], mesh: Mesh, tied: Unit | None) -> None:
-    """Complete every unit's `gradient`: the sums in flight, over replicas of shards, over tensor-parallel parts,
-    and over the two copies of an embedding that is `tied` across pipeline ranks."""
+    """Complete every unit's `gradient`: the sums in flight, over tensor-parallel parts, and over the two copies of an
+    embedding that is `tied` across pipeline ranks."""
     for unit in units:
         unit.finish_reduce()
-    if mesh.shard.size > 1:
-        for pending in [mesh.replicate.all_reduce_async(unit.gradient) for unit in units]:
-            pending.wait()
+    for unit in units:
+        unit.finish_step()
     for axis in (mesh.tp, mesh.kv):
         _sum_parts([unit.gradient[part] for unit in units for part in unit.partial(axis.name)], axis)
     if tied is not None:

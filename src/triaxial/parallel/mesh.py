@@ -81,7 +81,13 @@ class Axis:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the axis, in place."""
-        return self.all_reduce_async(x).wait()
+        if self.shared is None or self._in_flight is not None:
+            return self.all_reduce_async(x).wait()
+        self._count("all_reduce", x)
+        with self.naming("all_reduce"):
+            for _ in self.shared.all_reduce(x, Tensor.add_):
+                pass
+        return x
 
     def all_reduce_async(self, x: Tensor) -> Pending:
         return self._reduce(x, dist.ReduceOp.SUM, Tensor.add_)

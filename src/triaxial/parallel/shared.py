@@ -1,14 +1,15 @@
 """Collectives between ranks of one host through shared memory.
 
-Every rank has a segment that its peers map, with two slots. A collective writes into one slot, tells the peers with a
-byte on a socket, and reads theirs. The slots alternate: a peer's byte for one message says that it has read all of the
-message before, so nobody overwrites what is still being read. Long messages go slot by slot.
+Every rank has a segment that its peers map, with two slots. A collective writes into one slot, tells the peers, and reads
+theirs. The slots alternate: what a peer says of one message says as well that it has read all of the message before, so
+nobody overwrites what is still being read. Long messages go slot by slot.
+
+Peers are told through the segments where there are kernels for that, and else with a byte on a socket.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -17,9 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triaxial.kernels.exchange import exchange_between
+from triaxial.kernels.library import Addresses, addresses
 from triaxial.parallel.host import Peers
 
+_HEAD_BYTES = 4 << 10
+"""Of a segment, before its slots."""
 _SLOT_BYTES = 4 << 20
+_PART_BYTES = 128 << 10
+"""Of a sum, at a time, between ranks that watch: what one wrote is still in its cache when its peers come for it."""
 _ONE_SHOT_BYTES = 64 << 10
 """Up to here every rank of more than two reads all of every peer's message; beyond, each combines its own part."""
 _SHAPES = 256
@@ -39,13 +46,14 @@ class SharedMemory:
     def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: timedelta | None) -> None:
         """Open and map the segments of all `ranks`; each of them must call this, with its place as `index`."""
         self._peers, self._size, self._index, self._messages = Peers(group, ranks, index, timeout), len(ranks), index, 0
-        mine = self._peers.lend(self._peers.sockets, 2 * _SLOT_BYTES)
+        mine = self._peers.lend(self._peers.sockets, _HEAD_BYTES + 2 * _SLOT_BYTES)
         theirs = {peer: self._peers.borrow(peer) for peer in self._peers.sockets}
-        self._segments = [
-            torch.frombuffer(theirs.get(place, mine), dtype=torch.uint8).view(2, _SLOT_BYTES)
-            for place in range(self._size)
-        ]
+        whole = [torch.frombuffer(theirs.get(place, mine), dtype=torch.uint8) for place in range(self._size)]
+        self._segments = [segment[_HEAD_BYTES:].view(2, _SLOT_BYTES) for segment in whole]
         self._slots = lru_cache(_SHAPES)(self._open_slots)
+        self._part_bytes = _PART_BYTES if self._peers.watch_s else _SLOT_BYTES  # a part costs who sleeps a waking-up
+        self._exchange = exchange_between([segment.data_ptr() for segment in whole], index)
+        self._addresses = [addresses([segment[turn].data_ptr() for segment in self._segments]) for turn in range(2)]
 
     def all_reduce(self, x: Tensor, combine: Combine) -> Iterator[None]:
         """Combine x of every rank, in place and in rank order, so that every rank gets the same bits."""
@@ -54,6 +62,12 @@ class SharedMemory:
             mine = flat.view(self._size, -1)[self._index]
             yield from self.reduce_scatter(flat, mine, combine)
             yield from self.all_gather(mine, flat)
+            return
+        if self._exchange and self._exchange.can_add(x) and combine is Tensor.add_:
+            for part in flat.split(self._part_bytes // x.element_size()):
+                self._write(part)
+                yield
+                self._exchange.add_up(part, self._arrived())
             return
         for part in flat.split(_SLOT_BYTES // x.element_size()):
             self._write(part)
@@ -90,10 +104,12 @@ class SharedMemory:
 
     def _write(self, message: Tensor) -> None:
         """Put a message into this rank's current slot and tell the peers."""
-        self._slots(self._messages % 2, message.shape, message.dtype)[self._index].copy_(message)
-        for peer, connection in self._peers.sockets.items():
-            with self._peers.naming(peer):
-                os.write(connection.fileno(), b"\0")  # `send` would ask first whether it may
+        turn = self._messages % 2
+        if self._exchange is None:
+            self._slots(turn, message.shape, message.dtype)[self._index].copy_(message)
+            self._peers.ring()
+        elif self._exchange.post(self._messages + 1, self._addresses[turn], message.contiguous()):
+            self._peers.ring()
 
     def _read(self, like: Tensor) -> list[Tensor]:
         """Every rank's message of the same shape as this rank's; they are gone with the next message but one.
@@ -101,13 +117,20 @@ class SharedMemory:
         Raises:
             RuntimeError: a peer ended, or stayed silent for longer than the timeout.
         """
-        for peer, connection in self._peers.sockets.items():
-            with self._peers.naming(peer):
-                if not (self._peers.soon(connection) or connection.recv(1)):
-                    raise ConnectionResetError
-        slots = self._slots(self._messages % 2, like.shape, like.dtype)
+        turn = self._messages % 2
+        self._arrived()
+        return self._slots(turn, like.shape, like.dtype)
+
+    def _arrived(self) -> Addresses:
+        """Wait for the message of every rank, and give out where they lie."""
+        turn = self._messages % 2
         self._messages += 1
-        return slots
+        if self._exchange is None:
+            self._peers.hear()
+        else:
+            while (late := self._exchange.wait(self._messages, self._peers.watch_s)) is not None:
+                self._peers.sleep_until_rung(late)
+        return self._addresses[turn]
 
     def _open_slots(self, turn: int, shape: torch.Size, dtype: torch.dtype) -> list[Tensor]:
         """Every rank's slot of this turn (0 or 1) as a tensor."""

@@ -76,10 +76,10 @@ class StageUnits:
             unit.open_backward()
 
     def close_backward(self, place: int, last: bool) -> None:
-        """Start to reduce a block's gradients; sharded gradients keep one whole buffer in flight, no more."""
+        """Start to reduce a block's gradients, and finish what was started for the block before."""
         for unit in self._blocks[place]:
             unit.close_backward(last=last)
-            if unit.zero >= 2:
+            if unit.reduces_in_turn:
                 if self._reducing is not None:
                     self._reducing.finish_reduce()
                 self._reducing = unit

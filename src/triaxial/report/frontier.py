@@ -7,7 +7,7 @@ from xml.etree.ElementTree import SubElement, tostring
 
 from rich.table import Table
 
-from triaxial.plan.serving.frontier import Point
+from triaxial.plan.serving.search.frontier import Point
 from triaxial.report.si import seconds_text, tick_step
 from triaxial.report.svg import FAINT, PALETTE, WIDTH, picture, write
 

@@ -7,9 +7,9 @@ from html import escape
 
 from rich.table import Table
 
-from triaxial.plan.serving.explain import request_seconds
-from triaxial.plan.serving.option import Option
-from triaxial.plan.serving.plan import ServingPlan
+from triaxial.plan.serving.search.explain import request_seconds
+from triaxial.plan.serving.search.option import Option
+from triaxial.plan.serving.search.plan import ServingPlan
 from triaxial.report.bars import stacked_bars
 from triaxial.report.frontier import frontier_svg
 from triaxial.report.plan_page import html_page

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triaxial.kernels.operations import Kernels
 from triaxial.model.decoder import Attend
 from triaxial.model.spec import ModelSpec
 from triaxial.serve.cache import PagedCache
 from triaxial.serve.wire import StepArrays
 
 Positions = NDArray[np.signedinteger[Any]]
-_KEYS_A_CALL = 64
-"""Keys of a sequence that a CPU core attends to in the time of a call."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,22 @@ class _Beginning:
     rows: slice
 
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return attention(q, k, v, mask=None, causal=True)[0].transpose(0, 1)
+        return prompt_attention(q, k, v, cache.kernels)
+
+
+@dataclass
+class _Continued:
+    """A prompt's next chunk, by the kernel for that; `blocks` hold so many tokens of it by now."""
+
+    rows: slice
+    blocks: Tensor
+    tokens: int
+    window: int | None
+
+    def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert cache.kernels is not None
+        k, v = (x[0, :, : self.tokens].transpose(0, 1) for x in cache.gather(place, self.blocks, 1))
+        return cache.kernels.prompt(q, k, v, self.window if windowed else None)
 
 
 @dataclass
@@ -93,22 +106,26 @@ class _AtHome:
 
 
 @dataclass
-class _EachAtHome:
-    """The same where lengths differ much: one after the other, each with no keys but its own."""
+class _Decoded:
+    """Decoding sequences whose blocks lie anywhere, by the kernel that reads them there."""
 
     rows: slice
-    slots: list[int]
-    keys: list[int]
-    window: int | None
+    blocks: Tensor
+    first: Tensor
+    """Of the keys that each sees in windowed layers."""
+    none: Tensor
+    stop: Tensor
 
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        done = []
-        for row, (slot, keys) in enumerate(zip(self.slots, self.keys, strict=True)):
-            k, v = cache.at_home(place, slice(slot, slot + 1), keys)
-            first = max(0, keys - self.window) if windowed and self.window is not None else 0
-            query = q[row : row + 1, :, None]
-            done.append(attention(query, k[:, :, first:], v[:, :, first:], mask=None, causal=False))
-        return torch.cat(done)[:, :, 0]
+        return cache.decode(place, q, self.blocks, self.first if windowed else self.none, self.stop)
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels | None) -> Tensor:
+    """Causal attention of q [tokens, heads, dim] over its own k, v [tokens, kv heads, dim] -> as q."""
+    if kernels and kernels.can_prompt(q.shape[2]):
+        return kernels.prompt(q, k, v, None)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attention(q, k, v, mask=None, causal=True)[0].transpose(0, 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
@@ -160,14 +177,15 @@ class StepAttention:
         held = (last - base) // size + 1  # blocks of each
         width = int(held.max())
         tables, rows = step.tables[:n, :width], slice(0, n)
+        if self._cache.can_decode:
+            stop = last + 1 - base
+            first = np.maximum(stop - (self._spec.sliding_window or np.inf), 0)
+            return _Decoded(rows, *(self._tensor(x) for x in (tables, first, np.zeros_like(stop), stop)))
         low, high = int(slots.min()), int(slots.max()) + 1
         in_order = slots[:, None] * home + np.arange(width)
         at_home = (
             width <= home and not base.any() and ((tables == in_order) | (np.arange(width) >= held[:, None])).all()
         )
-        spared = (high - low) * width * size - int(last.sum()) - n
-        if at_home and self._like.device.type == "cpu" and spared > _KEYS_A_CALL * n:
-            return _EachAtHome(rows, slots.tolist(), (last + 1).tolist(), self._spec.sliding_window)
         if not at_home or high - low > 2 * n:
             keys = base[:, None] + np.arange(width * size)  # [n, keys]
             masks = self._masks(keys[:, None, None, :], last[:, None, None, None])
@@ -184,6 +202,9 @@ class StepAttention:
         if first == 0 and (window is None or window > last):
             return _Beginning(rows)
         blocks = step.tables[i, : (last - base) // size + 1]
+        kernels = self._cache.kernels
+        if kernels and kernels.can_prompt(self._spec.head_dim):
+            return _Continued(rows, self._tensor(blocks), last + 1 - base, window)
         keys = base + np.arange(len(blocks) * size)
         masks = self._masks(keys, np.arange(first, last + 1)[:, None])
         return _Gathered(rows, 1, self._tensor(blocks), masks)

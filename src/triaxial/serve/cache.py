@@ -8,6 +8,8 @@ import mmap
 import torch
 from torch import Tensor
 
+from triaxial.kernels.operations import BLOCK_TOKENS, HEAD_DIMS, Kernels
+
 
 class PagedCache:
     """Keys and values [layer, kv head, block * block_tokens + offset, dim]: attention reads one head after the other.
@@ -16,10 +18,19 @@ class PagedCache:
     """
 
     def __init__(
-        self, layers: int, blocks: int, block_tokens: int, kv_heads: int, head_dim: int, *, home: int, like: Tensor
+        self,
+        layers: int,
+        blocks: int,
+        block_tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        home: int,
+        like: Tensor,
+        kernels: Kernels | None,
     ) -> None:
         """`home`: blocks that lie in order at each slot's place (`blocks.BlockPool`)."""
-        self.block_tokens, self.home = block_tokens, home
+        self.block_tokens, self.home, self.kernels = block_tokens, home, kernels
         shape = (layers, kv_heads, blocks * block_tokens, head_dim)
         keys, values = _zeros(shape, like), _zeros(shape, like)
         self._layers = [*zip(keys, values, strict=True)]
@@ -27,9 +38,22 @@ class PagedCache:
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [tokens, kv heads, dim] of one layer at `places` [tokens]."""
-        keys, values = self._layers[layer]
-        keys.index_copy_(1, places, k.transpose(0, 1))
-        values.index_copy_(1, places, v.transpose(0, 1))
+        for cached, x in zip(self._layers[layer], (k, v), strict=True):
+            if self.kernels:
+                self.kernels.store(cached, places, x)
+            else:
+                cached.index_copy_(1, places, x.transpose(0, 1))
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether `decode` can read it."""
+        shape = self._layers[0][0].shape if self._layers else (0,)
+        return self.kernels is not None and shape[-1] in HEAD_DIMS and self.block_tokens == BLOCK_TOKENS
+
+    def decode(self, layer: int, q: Tensor, blocks: Tensor, first: Tensor, stop: Tensor) -> Tensor:
+        """Attention of one row of each sequence q [sequences, heads, dim]; see `Kernels.decode`."""
+        assert self.kernels is not None
+        return self.kernels.decode(q, *self._layers[layer], blocks, first, stop)
 
     def gather(self, layer: int, blocks: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
         """Copies of these blocks, equally many of each sequence: each [sequences, kv heads, tokens, dim]."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triaxial.kernels.operations import kernels_for
 from triaxial.model.decoder import Block, Embedding, Head, Layer, build_rotation
 from triaxial.model.spec import ModelSpec
 from triaxial.model.weights import LocalParameter, SafetensorsFolder, Slicer, Source, fill, initial_values
@@ -21,7 +22,7 @@ from triaxial.parallel.mesh import Axis, Mesh, open_group
 from triaxial.plan.pipeline.stages import stage_cut
 from triaxial.serve.attention import StepAttention, row_positions
 from triaxial.serve.cache import PagedCache, block_bytes
-from triaxial.serve.operations import Inference, WideRotation, pack
+from triaxial.serve.operations import Inference, inference_rotation, pack
 from triaxial.serve.settings import BLOCK_TOKENS, EngineSettings, weights_folder
 from triaxial.serve.wire import StepArrays
 
@@ -35,7 +36,8 @@ class Runner:
         self.spec, self.mesh = spec, mesh
         self._like = torch.empty(0, dtype=DTYPES[settings.precision], device=mesh.device)
         self._slicer = Slicer(spec, mesh.tp.index, mesh.tp.size)
-        self._ops = Inference(mesh.tp)
+        self._kernels = kernels_for(self._like)
+        self._ops = Inference(mesh.tp, self._kernels)
         folder = weights_folder(settings.model)
         source = SafetensorsFolder(folder) if folder else initial_values(spec, settings.seed)
         cut = settings.parsed_layout.cut or stage_cut(spec, 1, tuple(range(mesh.pp.size)))
@@ -54,16 +56,18 @@ class Runner:
     def open_cache(self, blocks: int, home: int) -> None:
         """Make the cache; see `blocks.BlockPool`."""
         heads = self._slicer.kv_heads, self.spec.head_dim
-        self._cache = PagedCache(len(self._layers), blocks, BLOCK_TOKENS, *heads, home=home, like=self._like)
+        layers = len(self._layers)
+        self._cache = PagedCache(
+            layers, blocks, BLOCK_TOKENS, *heads, home=home, like=self._like, kernels=self._kernels
+        )
 
     @torch.inference_mode()
     def run(self, step: StepArrays) -> Tensor | None:
         """Logits [wanted rows, vocab] on every rank of the last stage (see `wanted_rows`); None before it."""
         assert self._cache is not None
         positions = self._tensor(row_positions(step))
-        rotation = WideRotation.of(
-            build_rotation(self.spec, positions, self._like.dtype), self.spec.num_heads // self.mesh.tp.size
-        )
+        rotation = build_rotation(self.spec, positions, self._like.dtype)
+        rotation = inference_rotation(rotation, self._kernels, self.spec.num_heads // self.mesh.tp.size)
         attention = StepAttention(self.spec, self._cache, step, self._like)
         x = self._link.receive(self._like.new_empty(len(positions), self.spec.hidden))
         place = 0

@@ -38,7 +38,9 @@ _ERRORS: dict[int | str, dict[str, object]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request, or what to wait for."},
     "5XX": {"model": ErrorBody, "description": "No replica can answer."},
 }
-_EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+_EVENTS = {"content": {"text/event-stream": {"schema": _EVENT}}}
+"""A schema of each event: OpenAPI before 3.2 has none of a stream."""
 
 
 @dataclass

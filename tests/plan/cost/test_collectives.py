@@ -187,6 +187,15 @@ class TestLinks:
         assert seconds(slow, "all_gather", 8, group) > 1e-4
         assert seconds(slow, "send_recv", 1e9, group) == pytest.approx(1e9 / 45e9, rel=0.05)
 
+    def test_a_single_peer_gets_a_part_of_nvlink(self) -> None:
+        """arXiv 2401.10241, table 9: to the next of eight stages in a node, 28.3 and 25.2 MB took 0.60 and 0.53 ms."""
+        node = load_cluster("8xA100-80GB-SXM")
+        for sequences, hidden, measured_s in ((6, 2304, 0.601e-3), (3, 4096, 0.527e-3)):
+            size = sequences * 1024 * hidden * 2
+            assert seconds(node, "send_recv", size, lone(node, 8)) == pytest.approx(measured_s, rel=0.05)
+        probed = with_tiers(node, efficiency=0.78)
+        assert seconds(probed, "send_recv", 1e9, lone(node, 8)) == pytest.approx(1e9 / (300e9 * 0.78), rel=0.1)
+
     def test_large_groups_take_a_tree(self) -> None:
         """A ring's latency grows with the ranks, a tree's with their logarithm."""
         few, many = (load_cluster(f"{nodes}x8xH100-SXM") for nodes in (4, 64))

@@ -62,6 +62,14 @@ class TestMeasured:
     def test_products(self, device: Device, precision: Precision, m: int, n: int, k: int, measured_us: float) -> None:
         assert float(gemm_seconds(device, m, n, k, precision)) * 1e6 == pytest.approx(measured_us, rel=0.15)
 
+    def test_adding_to_a_result_costs_its_traffic(self) -> None:
+        """Where few tokens make a large gradient, the buffer is what takes time: fp32 read and written over 1.5 TB/s."""
+        written, added = (float(gemm_seconds(A100, 8192, 8192, 64, "fp16", result_bytes=b)) for b in (None, 8.0))
+        stream = A100.memory_bandwidth_bytes_per_s * 0.78
+        assert added - written == pytest.approx(8192**2 * 6 / stream, rel=0.1)
+        full = [float(gemm_seconds(A100, 8192, 8192, 8192, "fp16", result_bytes=b)) for b in (None, 8.0)]
+        assert full[1] == pytest.approx(full[0], rel=0.01)
+
     @pytest.mark.parametrize(
         ("queries", "causal", "backward", "tflop_per_s"),
         [

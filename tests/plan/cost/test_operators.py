@@ -10,9 +10,9 @@ import pytest
 from tests.plan.shapes import gpt, llama, mixture
 from triaxial.model.spec import ModelSpec, load_model_spec
 from triaxial.plan.cost.blocks import dense_layer, embedding, expert_layer, head
-from triaxial.plan.cost.operators import Attention, Block, Collective, Gemm, Operator, Pass, Shard
+from triaxial.plan.cost.operators import Attention, Block, Collective, Gemm, Operator, Pass, Shard, linear
 from triaxial.plan.cost.practice import OURS, Practice
-from triaxial.plan.validation.practices import MEGATRON_2021
+from triaxial.plan.validation.practices import MEGATRON_2022
 from triaxial.plan.workload import Training
 
 WORK = Training(global_batch=8, seq_len=1024)
@@ -55,6 +55,16 @@ def test_matrix_products_are_two_flop_for_each_parameter_and_token(model: ModelS
 def test_tensor_parallel_ranks_share_the_products_evenly(tp: int) -> None:
     whole, part = (gemm_flop(dense_layer(llama(), WORK, shard(tp=n), OURS).forward) for n in (1, tp))
     assert part * tp == pytest.approx(whole)
+
+
+def test_a_product_adds_to_a_buffer_of_its_own_type_by_itself() -> None:
+    """In fp32 the sums of weight gradients have the products' type, in bf16 they do not."""
+    wide, narrow = (
+        linear(64, 512, 256, Training(global_batch=8, seq_len=64, precision=precision), OURS).weight_grad
+        for precision in ("fp32", "bf16")
+    )
+    assert wide == (Gemm(256, 512, 64),)
+    assert narrow == (Gemm(256, 512, 64), Pass(256 * 512 * (4 + 4 + 2)))
 
 
 def test_few_kv_heads_are_replicated_and_cost_more() -> None:
@@ -129,7 +139,7 @@ def test_folding_experts_over_tensor_parallel_ranks_keeps_their_products_whole()
 
 
 def test_unfused_attention_multiplies_all_scores_and_fused_attention_is_one_kernel() -> None:
-    unfused = dense_layer(llama(), WORK, shard(), MEGATRON_2021).core
+    unfused = dense_layer(llama(), WORK, shard(), MEGATRON_2022).core
     products = [op for op in unfused if isinstance(op, Gemm)]
     assert sum(float(2 * op.m * op.n * op.k * op.batch) for op in products) == 4 * 16 * 1024 * 1024 * 64
     fused = dense_layer(llama(), WORK, shard(), OURS).core

@@ -17,7 +17,7 @@ from tests.plan.shapes import gpt
 from triaxial.plan.cost.blocks import UNALIGNED_SLOWDOWN, dense_layer, head, softmax_passes
 from triaxial.plan.cost.operators import Collective, Gemm, Pass
 from triaxial.plan.cost.practice import EAGER_OPERATIONS_PER_KERNEL, attention_slowdown
-from triaxial.plan.validation.practices import MEGATRON_2021
+from triaxial.plan.validation.practices import MEGATRON_2022
 from triaxial.plan.workload import Training
 
 WORK = Training(global_batch=1, seq_len=8, precision="fp16")
@@ -61,7 +61,7 @@ def test_the_host_dispatches_three_operations_for_each_kernel() -> None:
     with Dispatched() as dispatched:
         layer(x).backward(torch.ones(8, 1, 16))
     kernels = sum(n for name, n in dispatched.names.items() if not any(word in name for word in BOOKKEEPING))
-    listed = dense_layer(_with_biases(), WORK, shard(mb=2), replace(MEGATRON_2021, dropout=False))
+    listed = dense_layer(_with_biases(), WORK, shard(mb=2), replace(MEGATRON_2022, dropout=False))
     operators = (*listed.forward, *listed.input_grad, *listed.weight_grad)
     counted = sum(int(op.kernels) if isinstance(op, Pass) else 1 for op in operators if not isinstance(op, Collective))
     assert counted == pytest.approx(kernels, abs=3)
@@ -81,11 +81,11 @@ def test_megatrons_softmax_is_fused_for_four_matrices_at_a_time() -> None:
 @pytest.mark.parametrize(("vocab", "tp", "slow"), [(50_257, 1, True), (50_257, 2, False), (50_257, 4, True)])
 def test_an_unpadded_vocabulary_slows_the_gradients_of_the_head(vocab: int, tp: int, slow: bool) -> None:
     model = gpt("gpt", 2, 64, 4, vocab=vocab)
-    block = head(model, WORK, shard(tp=tp), replace(MEGATRON_2021, pads_vocabulary=False))
+    block = head(model, WORK, shard(tp=tp), replace(MEGATRON_2022, pads_vocabulary=False))
     wanted = UNALIGNED_SLOWDOWN if slow else 1.0
     slowdowns = [float(op.slowdown) for op in (*block.input_grad, *block.weight_grad) if isinstance(op, Gemm)]
     assert slowdowns == [wanted, wanted]
-    padded = head(model, WORK, shard(tp=tp), MEGATRON_2021)
+    padded = head(model, WORK, shard(tp=tp), MEGATRON_2022)
     assert [float(op.slowdown) for op in padded.input_grad if isinstance(op, Gemm)] == [1.0]
 
 

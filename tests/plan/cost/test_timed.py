@@ -6,13 +6,16 @@ import pytest
 from triaxial import BadInput
 from triaxial.cluster.hardware import Device, Tier
 from triaxial.cluster.spec import Cluster, load_cluster, to_toml
-from triaxial.cluster.timings import AttentionTiming, CollectiveTimings, DeviceTimings, GemmTiming
+from triaxial.cluster.timings import AttentionTiming, CollectiveTimings, DeviceTimings, GemmTiming, PassTiming
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.cost.collectives import collective_seconds, group_of
 from triaxial.plan.cost.compute import attention_seconds, gemm_seconds
+from triaxial.plan.cost.operators import Block, Pass
+from triaxial.plan.cost.pricing import price_block
 from triaxial.plan.cost.timed import timed_pass_seconds
 from triaxial.plan.layout import parse_layout
 from triaxial.plan.search.what_if import scaled
+from triaxial.plan.training.constants import TRAINING
 from triaxial.plan.training.price import estimate
 from triaxial.plan.workload import Training
 
@@ -33,8 +36,8 @@ def machine(ranks_per_processor: float = 1.0) -> Cluster:
     timings = DeviceTimings(
         gemm={"fp32": GEMMS},
         attention={"fp32": (ATTENTION,)},
-        pass_bytes_per_s={"fp32": 1e10},
-        pass_launch_s={"fp32": 1e-5},
+        forward_passes={"fp32": PassTiming(launch_s=1e-5, bytes_per_s=1e10)},
+        backward_passes={"fp32": PassTiming(launch_s=2e-5, bytes_per_s=4e10)},
         step_s=0.001,
         reserve_bytes=2.0**28,
         ranks_per_processor=ranks_per_processor,
@@ -98,6 +101,28 @@ def test_precision_that_was_not_probed_is_refused() -> None:
         gemm_seconds(machine().device, 1, 1, 1, "bf16")
     with pytest.raises(BadInput, match="not probed in bf16, only in fp32"):
         timed_pass_seconds(machine().device.timings, 1, 1, "bf16")
+
+
+def test_passes_run_at_the_measured_rate_of_their_direction() -> None:
+    timings = machine().device.timings
+    assert float(timed_pass_seconds(timings, 1e8, 3, "fp32")) == pytest.approx(3e-5 + 0.01)
+    assert float(timed_pass_seconds(timings, 1e8, 3, "fp32", backward=True)) == pytest.approx(6e-5 + 0.0025)
+    block = Block(forward=(Pass(1e8, 3),), input_grad=(Pass(1e8, 3),), weight_grad=(Pass(2e8, 1),))
+    priced = price_block(machine().device, block, "fp32", lambda axis, kind, size: size, 1)
+    phases = (priced.forward, priced.input_grad, priced.weight_grad)
+    assert [float(phase.passes[0]) for phase in phases] == pytest.approx([0.01003, 0.00256, 0.00502])
+
+
+def test_a_processor_moves_messages_itself_inside_its_node_only() -> None:
+    """Between nodes the reduction of all but the last of six layers hides behind the backward pass."""
+    slow = Tier(name="network", ranks=4, link="ethernet", bandwidth_bytes_per_s=1e9, latency_s=1e-5, efficiency=1.0)
+    cluster = machine().model_copy(update={"tiers": (*machine().tiers, slow), "timings": ()})
+    work = Training(global_batch=4, seq_len=64, precision="fp32")
+    layouts = ("tp=2,dp=2,mb=1,order=dp-tp-cp-pp", "tp=2,dp=2,mb=1")
+    inside, between = (estimate(load_model_spec("tiny-byte"), cluster, work, parse_layout(text)) for text in layouts)
+    assert inside.hidden_s["dp"] == 0 < inside.time_s["exposed_dp"]
+    reduced = between.time_s["exposed_dp"] + (1 - TRAINING.interference) * between.hidden_s["dp"]
+    assert between.hidden_s["dp"] == pytest.approx(5 / 6 * reduced)
 
 
 def test_a_file_gives_the_same_cluster(tmp_path) -> None:

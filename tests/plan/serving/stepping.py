@@ -6,8 +6,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from triaxial.plan.serving.clock import CostOfStep
-from triaxial.plan.serving.limits import Limits
+from triaxial.plan.serving.simulation.clock import CostOfStep
+from triaxial.plan.serving.simulation.limits import Limits
 from triaxial.plan.serving.traffic import Traffic
 from triaxial.serve import batching
 from triaxial.serve.blocks import BlockPool
@@ -25,6 +25,7 @@ class ToyCost:
     held: float = 4e-8
     end: float = 1e-6
     request_s: float = 0.0
+    uneven: float = 0.0
 
     def seconds(
         self, prefill_tokens: float, pairs: float, sequences: float, context: float, ending: float = 0.0, /

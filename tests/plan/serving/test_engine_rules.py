@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.serving.stepping import ToyCost, serve_stepwise
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.served import Step
-from triaxial.plan.serving.simulate import simulate
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.served import Step
+from triaxial.plan.serving.simulation.simulate import simulate
 from triaxial.plan.serving.traffic import LogNormal, Traffic, draw_lengths, poisson
 
 ROOMY = Limits(max_batch=8, chunk_tokens=64, kv_tokens=4096, block_tokens=4)

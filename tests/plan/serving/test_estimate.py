@@ -10,10 +10,10 @@ from tests.plan.shapes import llama
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.closed_form import static_batch
+from triaxial.plan.serving.cost.step import step_cost
 from triaxial.plan.serving.engine import FASTER_TRANSFORMER, TENSORRT_LLM, TENSORRT_LLM_1_0, VLLM
 from triaxial.plan.serving.estimate import ServingEstimate, estimate_serving, limits_of, traffic_of
-from triaxial.plan.serving.step import step_cost
+from triaxial.plan.serving.search.closed_form import static_batch
 from triaxial.plan.serving.workload import Serving
 
 H100 = load_cluster("8xH100-SXM")

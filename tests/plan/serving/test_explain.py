@@ -13,11 +13,11 @@ from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.search.what_if import scaled
 from triaxial.plan.serving.demand import Demand, Objective, demand_for, serving_work, with_price
-from triaxial.plan.serving.explain import TERM_WORDS, explain, request_seconds
-from triaxial.plan.serving.flips import PRECISION, _find
-from triaxial.plan.serving.frontier import frontier
-from triaxial.plan.serving.plan import ServingPlan, plan_serving
-from triaxial.plan.serving.search import Found, search
+from triaxial.plan.serving.search.explain import TERM_WORDS, explain, request_seconds
+from triaxial.plan.serving.search.flips import PRECISION, _find
+from triaxial.plan.serving.search.frontier import frontier
+from triaxial.plan.serving.search.plan import ServingPlan, plan_serving
+from triaxial.plan.serving.search.search import Found, search
 from triaxial.report.frontier import frontier_svg
 
 NODE = load_cluster("1x4xH100-SXM")
@@ -70,8 +70,8 @@ def test_rivals_lose_by_what_their_own_simulation_says(quick: Found) -> None:
 
 def test_the_splits_next_to_the_winner_are_all_accounted_for() -> None:
     demand = demand_for(input_len="1024", output_len="256", requests=100, tpot_s=0.05)
-    model = load_model_spec("llama-3.1-70b")
-    found = search(model, NODE, serving_work(demand, "bf16", "bf16"), demand, "throughput")
+    model, node = load_model_spec("llama-3.1-70b"), load_cluster("1x2xH100-SXM")
+    found = search(model, node, serving_work(demand, "bf16", "bf16"), demand, "throughput")
     sentences = " ".join(explain(found, "throughput", flips=False).sentences)
     tp, pp = found.best[0].layout.tp, found.best[0].layout.pp
     sizes = {(one.layout.tp, one.layout.pp) for one in found.considered}

@@ -7,8 +7,8 @@ import pytest
 from triaxial.cluster.spec import load_cluster
 from triaxial.model.spec import load_model_spec
 from triaxial.plan.layout import Layout
+from triaxial.plan.serving.cost.memory import ServingMemory, serving_memory
 from triaxial.plan.serving.engine import VLLM
-from triaxial.plan.serving.memory import ServingMemory, serving_memory
 from triaxial.plan.serving.workload import KVPrecision, Serving, WeightPrecision
 
 CLUSTER = load_cluster("2x8xH100-SXM")

@@ -18,13 +18,18 @@ from triaxial.cluster.timings import (
     EngineRates,
     EngineTimings,
     GemmTiming,
+    PassTiming,
     ProductTiming,
+    ServerTimings,
 )
 from triaxial.plan.layout import Layout
 from triaxial.plan.serving.constants import SERVING
-from triaxial.plan.serving.engine import OURS, VLLM
-from triaxial.plan.serving.probed import product_seconds
+from triaxial.plan.serving.cost.probed import product_seconds
+from triaxial.plan.serving.cost.step import step_cost
+from triaxial.plan.serving.engine import OURS, OURS_CALLED, VLLM_0_6
+from triaxial.plan.serving.workload import Serving
 
+SERVER = ServerTimings(request_s=3e-3, step_s=5e-4, sequence_s=5e-5)
 FP32 = {"precision": "fp32", "kv_precision": "fp32"}
 
 
@@ -36,8 +41,8 @@ class TestProbedDevice:
         timings = DeviceTimings(
             gemm={"fp32": tuple(GemmTiming(m=m, n=1024, k=1024, seconds=m * 1024**2 / rate) for m in (1, 64, 512))},
             attention={"fp32": (_attention(64), _attention(512))},
-            pass_bytes_per_s={"fp32": 4e9},
-            pass_launch_s={"fp32": 1e-5},
+            forward_passes={"fp32": PassTiming(launch_s=1e-5, bytes_per_s=4e9)},
+            backward_passes={"fp32": PassTiming(launch_s=1e-5, bytes_per_s=4e9)},
             step_s=0.0,
             reserve_bytes=0.0,
         )
@@ -82,7 +87,7 @@ class TestProbedDevice:
             pass_launch_s=1e-4,
             pass_bytes_per_s=3e9,
         )
-        engine = EngineTimings(rates={"fp32": rates}, stage_s=5e-4, step_s=1e-3, sequence_s=2e-4)
+        engine = EngineTimings(rates={"fp32": rates}, stage_s=5e-4, step_s=1e-3, sequence_s=2e-4, server=SERVER)
         cluster = self.probed()
         timings = cluster.device.timings
         assert timings is not None
@@ -100,9 +105,29 @@ class TestProbedDevice:
         assert parts["kv"] == pytest.approx(4000 * 2 * 512 * 4 * model.num_layers / 2e9)
         assert parts["host"] == pytest.approx(1e-3 + 8 * 2e-4)
         assert parts["launches"] == pytest.approx(5e-4)
-        two = cost(model, cluster, layout=Layout(pp=2), engine=OURS, **FP32).parts(0, 0, 8, 4000)
+        two = cost(model, cluster, layout=Layout(pp=2), engine=OURS_CALLED, **FP32).parts(0, 0, 8, 4000)
         assert two["launches"] == pytest.approx(2 * 5e-4)
         assert two["host"] == parts["host"]
+
+    @pytest.mark.parametrize(
+        ("layout", "crowded"), [(Layout(), False), (Layout(tp=2), True), (Layout(pp=2), True)], ids=str
+    )
+    def test_server_and_client_take_processors_from_ranks_that_fill_them(self, layout: Layout, crowded: bool) -> None:
+        work, client = (
+            Serving(input_len=1, output_len=1, **FP32),
+            ServerTimings(request_s=2e-3, step_s=1e-4, sequence_s=2e-5),
+        )
+        called, served, asked = (
+            step_cost(llama(), self.with_engine(), layout, work, engine, client=client)
+            for engine, client in ((OURS_CALLED, None), (OURS, None), (OURS, client))
+        )
+        assert [one.request_s for one in (called, served, asked)] == [0.0, 3e-3, pytest.approx(5e-3)]
+        decoding, prompts = (0, 0, 8, 4000), (512, 100_000, 7, 4000, 2)
+        longer = asked.seconds(*decoding) - called.seconds(*decoding)
+        assert longer == pytest.approx(crowded * (6e-4 + 8 * 7e-5))
+        longer = asked.seconds(*prompts) - called.seconds(*prompts)
+        assert longer == pytest.approx(crowded * (6e-4 + 9 * 7e-5 + 2 * 5e-3))
+        assert served.seconds(*decoding) - called.seconds(*decoding) == pytest.approx(crowded * (5e-4 + 8 * 5e-5))
 
     def test_it_is_read_from_a_cluster_file(self, tmp_path: Path) -> None:
         path = tmp_path / "cluster.toml"
@@ -111,7 +136,7 @@ class TestProbedDevice:
 
     def test_other_engines_are_not(self) -> None:
         own, other = (
-            cost(llama(), self.with_engine(), engine=engine, **FP32).parts(0, 0, 8, 4000) for engine in (OURS, VLLM)
+            cost(llama(), self.with_engine(), engine=engine, **FP32).parts(0, 0, 8, 4000) for engine in (OURS, VLLM_0_6)
         )
         assert other["host"] == SERVING.hosts["vllm"].step_s + 8 * SERVING.hosts["vllm"].sequence_s
         assert own["host"] != other["host"]

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from tests.plan.serving.stepping import ToyCost
 from triaxial import BadInput
-from triaxial.plan.serving.clock import Clock
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.served import Step
-from triaxial.plan.serving.simulate import replay, simulate
+from triaxial.plan.serving.simulation.clock import Clock
+from triaxial.plan.serving.simulation.group import Group
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.served import Step
+from triaxial.plan.serving.simulation.simulate import replay, simulate
 from triaxial.plan.serving.traffic import Fixed, LogNormal, Traffic, at_once, closed_loop, draw_lengths, poisson
 
 LIMITS = Limits(max_batch=16, chunk_tokens=256, kv_tokens=100_000)
@@ -198,3 +199,26 @@ def test_the_clocks_lines_are_the_steps_cost() -> None:
 def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(BadInput, match="needs more than the 160"):
         simulate(at_once(np.array([100]), np.array([61])), ToyCost(), replace(LIMITS, kv_tokens=170))
+
+
+def test_a_step_waits_for_its_longest_sequence_by_what_is_uneven() -> None:
+    """A hand's example: held 20 and 5 tokens, the second one gone after 2 steps."""
+    group = Group(block_tokens=16)
+    group.add(1, 20, 5)
+    group.add(2, 5, 2)
+    assert (group.context, group.context_to_read(0.0), group.context_to_read(0.2)) == (25, 25, 28)  # 25 + 0.2 (40 - 25)
+    group.step(2)
+    assert group.context_to_read(0.2) == 29 + 3
+    assert [member for member, _ in group.pop_ended()] == [2]
+    assert group.context_to_read(0.2) == group.context == 22
+    group.add(3, 30, 9)
+    assert group.context_to_read(1.0) == 60
+
+
+def test_equal_lengths_are_as_fast_however_much_the_longest_counts() -> None:
+    equal, unlike = (at_once(np.array(lengths), np.array([20, 20])) for lengths in ([100, 100], [40, 160]))
+    even = [simulate(traffic, ToyCost(), LIMITS).seconds for traffic in (equal, unlike)]
+    uneven = [simulate(traffic, ToyCost(uneven=0.5), LIMITS).seconds for traffic in (equal, unlike)]
+    assert uneven[0] == even[0]
+    longer = 0.5 * (2 * 160 - 200) * 19  # tokens, over the steps in which both decode
+    assert uneven[1] - even[1] == pytest.approx(ToyCost.held * longer, rel=1e-6)

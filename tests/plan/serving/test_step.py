@@ -17,15 +17,17 @@ from triaxial.cluster.spec import Cluster, load_cluster
 from triaxial.model.spec import LatentAttention, ModelSpec, load_model_spec
 from triaxial.plan.layout import Layout
 from triaxial.plan.serving.constants import SERVING, HostTimes
+from triaxial.plan.serving.cost.step import StepCost, step_cost
 from triaxial.plan.serving.engine import (
     FASTER_TRANSFORMER,
     MEGATRON,
+    SGLANG,
     TENSORRT_LLM,
     TENSORRT_LLM_0_5,
     VLLM,
+    VLLM_0_6,
     Engine,
 )
-from triaxial.plan.serving.step import StepCost, step_cost
 from triaxial.plan.serving.workload import Serving
 
 H100 = load_cluster("2x8xH100-SXM")
@@ -103,7 +105,7 @@ class TestSeconds:
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
     def test_a_batch_follows_the_one_before_after_the_slowest_stage(self, layout: Layout) -> None:
-        priced, step = cost(layout=layout), (1000, 500_000, 64, 30_000, 2)
+        priced, step = cost(layout=layout, engine=VLLM_0_6), (1000, 500_000, 64, 30_000, 2)
         seconds, interval = priced.seconds(*step), priced.interval_seconds(*step)
         if layout.pp == 1:
             assert interval == seconds
@@ -262,8 +264,30 @@ class TestEngine:
             step_s=5e-3, sequence_s=1e-4, request_s=SERVING.hosts["vllm"].request_s
         )
         work = Serving(input_len=1, output_len=1)
-        slow = step_cost(llama(), H100, Layout(), work, VLLM, constants)
+        slow = step_cost(llama(), H100, Layout(), work, VLLM_0_6, constants)
         assert slow.parts(0, 0, 10, 0)["host"] == pytest.approx(6e-3)
+
+    def test_a_host_that_is_ahead_is_waited_for_only_where_it_takes_longer(self) -> None:
+        behind, ahead = (cost(layout=Layout(pp=2), engine=engine) for engine in (VLLM_0_6, VLLM))
+        host_s = behind.parts(0, 0, 1, 100)["host"]
+        small, large = (0, 0, 1, 100), (4000, 8_000_000, 8, 8000)
+        assert ahead.seconds(*small) == ahead.interval_seconds(*small) == pytest.approx(host_s)
+        assert sum(ahead.parts(*small).values()) == pytest.approx(host_s)
+        assert ahead.parts(*large)["host"] == 0
+        assert ahead.seconds(*large) == pytest.approx(behind.seconds(*large) - behind.parts(*large)["host"])
+
+    def test_query_heads_of_a_group_read_by_themselves_beside_prompts_where_the_kernel_is_so(self) -> None:
+        def kv(device: str, engine: Engine, prompt_tokens: int) -> Any:
+            cluster = load_cluster(f"1x1x{device}")
+            return cost(load_model_spec("llama-3.1-8b"), cluster, engine=engine).parts(prompt_tokens, 0, 32, 32_000)[
+                "kv"
+            ]
+
+        for device, engine in (("H100-SXM", VLLM), ("A100-80GB-SXM", SGLANG)):
+            assert kv(device, engine, 16) == kv(device, engine, 0)
+        ratio = 4 * SERVING.kv_gain / SERVING.cache_gain  # 4 query heads a kv head, from the cache
+        assert kv("A100-80GB-SXM", VLLM, 16) == pytest.approx(ratio * kv("A100-80GB-SXM", VLLM, 0))
+        assert ratio > 2
 
 
 def test_constants_are_replaced_by_name() -> None:

@@ -17,7 +17,7 @@ from triaxial.plan.pipeline.stages import heaviest_ranks
 from triaxial.plan.training.memory import Memory, memory
 from triaxial.plan.training.price import memory_of, shard_of
 from triaxial.plan.validation.accuracy import predict
-from triaxial.plan.validation.practices import MEGATRON_2021
+from triaxial.plan.validation.practices import MEGATRON_2022
 from triaxial.plan.validation.published import read_points
 from triaxial.plan.workload import Training
 
@@ -49,7 +49,7 @@ def megatron_memory(size: str, sp: bool, recompute: Recompute) -> Memory:
         recompute=recompute,
         cut=uniform_cut(model, base.num_stages),
     )
-    return memory_of(model, Training(global_batch=batch, seq_len=2048), MEGATRON_2021, layout_table([layout]))
+    return memory_of(model, Training(global_batch=batch, seq_len=2048), MEGATRON_2022, layout_table([layout]))
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from triaxial.plan.search.enumerate import families, members
 from triaxial.plan.search.what_if import scaled
 from triaxial.plan.training.block_seconds import model_seconds, price_blocks
 from triaxial.plan.training.constants import TRAINING
+from triaxial.plan.training.hops import Hops, hops_of
 from triaxial.plan.training.pipeline_seconds import StageSeconds, bubble_seconds, transfer_seconds
 from triaxial.plan.training.play import play
-from triaxial.plan.training.price import estimate, estimates, hop_seconds, step_seconds
+from triaxial.plan.training.price import estimate, estimates, step_seconds
 from triaxial.plan.training.zero_bubble_v import MOST_OPTIMISTIC, excess_seconds, is_optimistic
-from triaxial.plan.validation.practices import MEGATRON_2021
+from triaxial.plan.validation.practices import MEGATRON_2022
 from triaxial.plan.workload import Training
 
 WORK = Training(global_batch=64, seq_len=2048)
@@ -65,7 +66,7 @@ def test_every_transfer_is_exposed_or_hidden() -> None:
     model, layout = load_model_spec("llama-3.1-8b"), parse_layout("tp=2,pp=4,mb=1")
     table = layout_table([layout])
     priced = estimate(model, NODE, WORK, layout)
-    sent = 2 * 64 * hop_seconds(model, WORK, table, place(NODE, table))[0]
+    sent = 2 * 64 * hops_of(model, WORK, table, place(NODE, table)).chain[0] / 3
     assert priced.hidden_s["pp"] + priced.time_s["exposed_pp"] == pytest.approx(sent)
 
 
@@ -107,10 +108,10 @@ def test_a_layer_takes_what_korthikanti_measured(
     table = layout_table([parse_layout(f"tp=8,mb=4,sp={sp},recompute={recompute}")])
     model = gpt("22B", 48, 6144, 64)
     work = Training(global_batch=4, seq_len=2048, precision="fp16")
-    priced = price_blocks(model, work, MEGATRON_2021, table, place(NODE, table))
+    priced = price_blocks(model, work, MEGATRON_2022, table, place(NODE, table))
     alone = replace(TRAINING, held_rate=1.0, spread=0.0)
     forward, input_grad, weight_grad = (
-        1e3 * model_seconds(priced, table.recompute, MEGATRON_2021, alone).dense_layer.phases[:, 0]
+        1e3 * model_seconds(priced, table.recompute, MEGATRON_2022, alone).dense_layer.phases[:, 0]
     )
     assert forward == pytest.approx(forward_ms, rel=0.1)
     assert input_grad + weight_grad == pytest.approx(backward_ms, rel=0.1)
@@ -145,7 +146,8 @@ def test_bubbles_are_the_published_ones_within_a_point(
     kind, ranks, virtual, count = (np.array([n]) for n in (SCHEDULES.index(schedule), pp, vpp, micro_batches))  # type: ignore[arg-type]
     own, others = (StageSeconds(*(np.array([seconds * n]) for seconds in stage)) for n in (1, pp - 1))
     lost = bubble_seconds(kind, ranks, virtual, count, own, others, staggered=True)
-    lost = lost + transfer_seconds(kind, ranks, virtual, count, np.array([hop]), overlapped=True, staggered=True)
+    hops = Hops(hop * (ranks - 1), np.array([hop]), np.array([2 * hop * (ranks - 1) / ranks]), np.array([[1.0]]))
+    lost = lost + transfer_seconds(kind, virtual, count, hops, overlapped=True, staggered=True)
     assert lost[0] / (lost[0] + micro_batches * sum(stage)) == pytest.approx(rate, abs=0.01)
 
 

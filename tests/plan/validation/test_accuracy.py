@@ -83,7 +83,14 @@ def test_layouts_are_compared_only_where_all_else_is_the_same(tmp_path: Path) ->
 
 
 def test_sources_of_one_program_are_predicted_alike() -> None:
-    assert practice_of("llmf-h100", "", 3) == practice_of("llmf-a100", "", 3) == LLM_FOUNDRY
+    assert practice_of("llmf-h100", "", 3, 1) == practice_of("llmf-a100", "", 3, 1) == LLM_FOUNDRY
+
+
+def test_gradients_hide_where_pytorchs_own_data_parallelism_reduced_them() -> None:
+    """examples/sc21/run_table_1.sh gives `--DDP-impl torch` to the rows of table 1 without a pipeline."""
+    flat, piped = (practice_of("sc21t1", "", 0, pp) for pp in (1, 2))
+    assert (flat.overlap_gradients, piped.overlap_gradients) == (True, False)
+    assert flat.reduce_bytes == piped.reduce_bytes == 2, "fp16 gradients stay so unless a flag asks for fp32"
 
 
 def test_repeats_of_a_configuration_count_once() -> None:

@@ -12,7 +12,14 @@ import pytest
 
 from triaxial import BadInput
 from triaxial.plan.serving.constants import SERVING
-from triaxial.plan.serving.engine import FASTER_TRANSFORMER, TENSORRT_LLM, TENSORRT_LLM_0_5, TENSORRT_LLM_1_0, VLLM
+from triaxial.plan.serving.engine import (
+    FASTER_TRANSFORMER,
+    TENSORRT_LLM,
+    TENSORRT_LLM_0_5,
+    TENSORRT_LLM_1_0,
+    VLLM,
+    VLLM_0_6,
+)
 from triaxial.plan.validation.kinds import kind_of
 from triaxial.plan.validation.serving_accuracy import by_kind, by_source, errors, rank_layouts
 from triaxial.plan.validation.serving_left_out import LEFT_OUT
@@ -78,7 +85,7 @@ class TestReading:
     def test_closed_loops(self, loop: Path) -> None:
         points, skipped = read_loop(loop)
         assert not skipped
-        assert [point.engine for point in points] == [VLLM] * 3 + [TENSORRT_LLM_1_0, TENSORRT_LLM]
+        assert [point.engine for point in points] == [VLLM_0_6] * 3 + [TENSORRT_LLM_1_0, TENSORRT_LLM]
         assert points[3].measured == {"ttft_ms": 413.18, "tpot_ms": 9.702}
         assert [point.work.precision for point in points] == ["fp8"] * 3 + ["bf16", "fp4"]
         assert {point.source for point in points[:3]} == {"vllm Llama-3.1-70B"}
@@ -199,18 +206,19 @@ class TestLogs:
             rows.writerows([f"r{n}", n * 0.5, 600 + n, 100, 60, 60 + 99 * 12, 12] for n in reversed(range(count)))
         settings = {"model": "meta-llama/Llama-3.1-8B", "tensor_parallel_size": 1}
         settings |= {"max_num_seqs": 64, "max_num_batched_tokens": 2048}  # type: ignore[dict-item]
-        path.with_suffix(".json").write_text(json.dumps({"engine_kwargs": settings}))
+        path.with_suffix(".json").write_text(json.dumps({"vllm_version": "0.19.0", "engine_kwargs": settings}))
         return path
 
     def test_is_replayed_in_the_order_of_arrival(self, tmp_path: Path) -> None:
         log = read_log(self.write(tmp_path))
         assert kind_of([tmp_path / "RTXPRO6000-Llama-3.1-8B.csv"]) == "server logs"
         assert np.all(np.diff(log.traffic.arrival_s) == 0.5)
-        assert (log.work.max_batch, log.work.chunk_tokens, log.cluster.device.name) == (64, 2048, "RTX-PRO-6000")
+        assert (log.work.max_batch, log.work.chunk_tokens, log.cluster.device.name) == (64, 2048, "RTX-PRO-6000-Server")
+        assert log.engine == VLLM
         first, each, whole = replay_log(log)
         assert (first.metric, each.metric, whole.metric) == ("ttft_ms", "tpot_ms", "e2e_ms")
         assert each.measured_mean == 12
-        assert 10 < each.predicted_mean < 16  # 16 GB of weights at 1.8 TB/s, and the rest
+        assert 10 < each.predicted_mean < 16  # 16 GB of weights at 1.6 TB/s, and the rest
         assert whole.predicted_mean == pytest.approx(first.predicted_mean + 99 * each.predicted_mean)
         assert each.error == each.predicted_mean / 12 - 1
 

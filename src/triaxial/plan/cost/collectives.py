@@ -28,6 +28,8 @@ _BETWEEN_PEERS = frozenset({"all_to_all", "send_recv"})
 """Collectives made of point-to-point messages, for which NCCL has no LL128."""
 _ONE_RING = frozenset({"pcie", "pcie-host", "pcie-socket"})
 """Links over which NCCL finds a single ring, which leaves a unit by one device's link only."""
+_MANY_CHANNELS = frozenset({"nvlink2", "nvlink3", "nvlink4", "nvlink5", "xgmi"})
+"""Links whose rate NCCL reaches with many channels, of which a message to a single peer gets a few."""
 _OWN_TUNER = frozenset({"efa", "efa1"})
 """Networks whose NCCL plugin chooses algorithms by measurement (aws-ofi-nccl)."""
 
@@ -44,6 +46,10 @@ class Group:
     @property
     def size(self) -> int:
         return self.members[-1]
+
+    def within(self, tier: int) -> Group:
+        """Those of its ranks that stand under one unit of a tier, counted from the innermost."""
+        return Group(tuple(min(members, self.members[tier]) for members in self.members), self.sharing)
 
 
 def group_of(cluster: Cluster, sizes: Mapping[str, int], axis: str) -> Group:
@@ -217,7 +223,9 @@ def _ways(kind: CollectiveKind, ranks: int, levels: list[_Level], constants: Col
         return [_all_to_all(levels, ranks, constants)]
     if kind == "broadcast":
         return [_Way(_tree_latency(levels), _costs(levels, [1 / level.ring_bytes_per_s for level in levels]))]
-    return [_Way(constants.peer_hops * outer.latency_s, _costs([outer], [1 / outer.sender_bytes_per_s]))]
+    in_part = outer.tier.link in _MANY_CHANNELS and outer.tier.efficiency is None
+    rate = outer.sender_bytes_per_s * (constants.peer_share if in_part else 1.0)
+    return [_Way(constants.peer_hops * outer.latency_s, _costs([outer], [1 / rate]))]
 
 
 def _costs(levels: list[_Level], seconds_per_byte: list[float]) -> tuple[tuple[float, float], ...]:

@@ -76,6 +76,7 @@ def gemm_seconds(
     batch: npt.ArrayLike = 1,
     constants: ComputeConstants = COMPUTE,
     weight_bytes: float | None = None,
+    result_bytes: float | None = None,
 ) -> Seconds:
     """Seconds of one launch of `batch` matrix products (m, k) x (k, n).
 
@@ -86,6 +87,7 @@ def gemm_seconds(
 
     Args:
         weight_bytes: bytes per element of the (k, n) weight where it is stored narrower than it is multiplied.
+        result_bytes: bytes moved per element of the result where it is more than written in the products' precision.
 
     Raises:
         BadInput: the device has no units for the precision.
@@ -97,7 +99,8 @@ def gemm_seconds(
     multiprocessor = sustained_flop_per_s(device, precision, constants) / device.sm_count
     element = BYTES_PER_ELEMENT[precision]
     stored = element if weight_bytes is None else weight_bytes
-    operands = batch * (element * m * k + stored * k * n + max(element, 2.0) * m * n) / stream
+    written = max(element, 2.0) if result_bytes is None else result_bytes
+    operands = batch * (element * m * k + stored * k * n + written * m * n) / stream
     one_partial = 8.0 * batch * m * n / stream  # a float32 written and read back
     best = np.full(m.shape, np.inf)
     for split in SPLITS:

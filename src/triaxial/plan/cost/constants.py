@@ -124,6 +124,8 @@ class CollectiveConstants:
     share of sending it."""
     peer_hops: float
     """Start of a message between two ranks, in hops: NCCL's point-to-point sends agree on a buffer first."""
+    peer_share: float
+    """Share of a device's NVLinks that a message to a single peer uses, where no probe has shown what it does."""
     ll: Protocol
     """A flag with every 4 bytes."""
     ll128: Protocol
@@ -142,6 +144,8 @@ COLLECTIVES = CollectiveConstants(
     launch_share=1.64,
     local_copy=0.29,
     peer_hops=2.1,
+    # not fitted: 25 and 28 MB to the next stage took 0.53 and 0.60 ms over NVLink3 (arXiv 2401.10241, table 9)
+    peer_share=0.25,
     ll=Protocol(latency=1.0, bandwidth=0.02),
     ll128=Protocol(latency=1.35, bandwidth=0.41),
     simple=Protocol(latency=2.2, bandwidth=1.0),

@@ -31,6 +31,8 @@ class Gemm:
     narrow: bool = True
     slowdown: Size = 1.0
     """Against operands whose rows start at multiples of 16 bytes."""
+    result_bytes: float | None = None
+    """Bytes moved per element of a result that is added to what is there; None where it is just written."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,22 @@ def linear(
     """A weight [k, n] applied to `tokens` rows, `batch` times (experts), with its gradient accumulation. A bias is
     added in passing, but its gradient reads the output's once more."""
     bias_grad = (Pass(batch * tokens * n * training.element_bytes),) if bias else ()
+    added_to = 2.0 * practice.gradient_bytes if practice.fused_accumulation else None
     return Block(
         (Gemm(tokens, n, k, batch),),
         (Gemm(tokens, k, n, batch),),
-        (Gemm(k, n, tokens, batch), *bias_grad, *accumulation(batch * k * n, training, practice)),
+        (
+            Gemm(k, n, tokens, batch, result_bytes=added_to),
+            *bias_grad,
+            *accumulation(batch * k * n, training, practice),
+        ),
     )
 
 
 def accumulation(weights: Size, training: Training, practice: Practice) -> tuple[Operator, ...]:
-    """Adding a micro-batch's weight gradient to the buffer: reads both, writes one."""
-    if practice.fused_accumulation:
+    """Adding a micro-batch's weight gradient to the buffer, unless the product does: reads both, writes one."""
+    alike = practice.gradient_bytes == training.element_bytes
+    if practice.fused_accumulation or (alike and practice.fused_alike_accumulation):
         return ()
     return (Pass(weights * (2 * practice.gradient_bytes + training.element_bytes)),)
 

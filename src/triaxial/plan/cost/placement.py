@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from triaxial.cluster.spec import Cluster
 from triaxial.plan.cost.collectives import CollectiveKind, Group, collective_seconds, group_of
+from triaxial.plan.cost.timed import timed_collective_seconds
 from triaxial.plan.layout_table import ORDERS, Ints, LayoutTable
 
 Floats = NDArray[np.float64]
@@ -46,6 +47,33 @@ class Placement:
                 mine = which == index
                 total[mine] = collective_seconds(self.cluster, kind, num_bytes[mine], group)
         return np.where(num_bytes > 0, total, 0.0)
+
+    def members(self, span: str) -> Ints:
+        """Ranks of the span under one unit of every tier, innermost first: [tier, layout]."""
+        return np.array([group.members for group in self.groups]).T[:, self.spans[span]]
+
+    def message_seconds(self, span: str, num_bytes: Floats) -> Floats:
+        """Seconds of a message from one of the span's ranks to the next, if it crosses the links of each tier and none
+        beyond: [tier, layout]. Where a probe has timed the hops of such a group, all take what they did on average.
+
+        Args:
+            num_bytes: of the message, per layout.
+        """
+        which = self.spans[span]
+        total = np.zeros((len(self.cluster.tiers), len(which)))
+        for index in np.unique(which):
+            group, mine = self.groups[index], which == index
+            if group.size > 1:
+                timed = timed_collective_seconds(
+                    self.cluster, "send_recv", num_bytes[mine], group.members, group.sharing
+                )
+                for tier in range(len(total)):
+                    total[tier, mine] = (
+                        collective_seconds(self.cluster, "send_recv", num_bytes[mine], group.within(tier))
+                        if timed is None
+                        else timed
+                    )
+        return total
 
     def in_node(self, span: str) -> NDArray[np.bool_]:
         """Whether the span's ranks stand in one node, per layout."""

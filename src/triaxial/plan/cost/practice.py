@@ -32,6 +32,8 @@ class Practice:
     """Chains of element-wise operations run as one kernel (hand-written, or by a compiler)."""
     fused_accumulation: bool = False
     """The weight-gradient product adds to the gradient buffer itself; False adds in a pass of its own."""
+    fused_alike_accumulation: bool = True
+    """It does so at least where both have the same type, which every library's product can."""
     pads_vocabulary: bool = True
     """The vocabulary is padded so that its rows start at multiples of 16 bytes on every rank."""
     operations_per_kernel: float = EAGER_OPERATIONS_PER_KERNEL

@@ -62,8 +62,10 @@ def price_operators(
     precision: Precision,
     collective: CollectiveSeconds,
     shards: int,
+    *,
+    backward: bool,
 ) -> Seconds:
-    """Add up seconds over a list of operators for `shards` shards at once."""
+    """Add up seconds over a list of operators of one direction for `shards` shards at once."""
     busy = {f.name: np.zeros(shards) for f in fields(Seconds)}
     wide: Precision = "bf16" if precision in ("fp8", "fp4") else precision
     for op in operators:
@@ -71,7 +73,9 @@ def price_operators(
             busy["kernels"] += _kernels(op)
         if isinstance(op, Gemm):
             own = precision if op.narrow else wide
-            seconds = op.slowdown * gemm_seconds(device, op.m, op.n, op.k, own, batch=op.batch)
+            seconds = op.slowdown * gemm_seconds(
+                device, op.m, op.n, op.k, own, batch=op.batch, result_bytes=op.result_bytes
+            )
             busy["matmul" if op.narrow else "attention"] += seconds
         elif isinstance(op, Attention):
             slowdown = 1.0 if device.timings else attention_slowdown(op.kernel, device.generation)
@@ -88,7 +92,7 @@ def price_operators(
                 kernels=op.kernels,
             )
         elif isinstance(op, Pass):
-            busy["passes"] += _pass_seconds(device, op, wide)
+            busy["passes"] += _pass_seconds(device, op, wide, backward)
         else:
             seconds = collective(op.axis, op.kind, np.broadcast_to(np.asarray(op.bytes, float), (shards,)))
             busy[op.axis] += seconds
@@ -103,12 +107,12 @@ def _kernels(op: Gemm | Attention | Pass) -> Size:
     return op.kernels if isinstance(op, Attention) else op.kernels * (np.asarray(op.bytes) > 0)
 
 
-def _pass_seconds(device: Device, op: Pass, precision: Precision) -> Floats:
+def _pass_seconds(device: Device, op: Pass, precision: Precision, backward: bool) -> Floats:
     """A pass over nothing does not run."""
     seconds = (
         pass_seconds(device, op.bytes)
         if device.timings is None
-        else timed_pass_seconds(device.timings, op.bytes, op.kernels, precision)
+        else timed_pass_seconds(device.timings, op.bytes, op.kernels, precision, backward=backward)
     )
     return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)
 
@@ -121,5 +125,13 @@ def price_block(
     shards: int,
 ) -> PhaseSeconds:
     """Seconds of one block, phase by phase."""
-    lists = (block.forward, block.input_grad, block.weight_grad, block.core)
-    return PhaseSeconds(*(price_operators(device, ops, precision, collective, shards) for ops in lists))
+
+    def price(operators: Iterable[Operator], *, backward: bool) -> Seconds:
+        return price_operators(device, operators, precision, collective, shards, backward=backward)
+
+    return PhaseSeconds(
+        forward=price(block.forward, backward=False),
+        input_grad=price(block.input_grad, backward=True),
+        weight_grad=price(block.weight_grad, backward=True),
+        core=price(block.core, backward=False),
+    )

@@ -54,10 +54,12 @@ def _nearby_rate(shapes: Seconds, rates: Seconds, wanted: Sequence[Seconds]) -> 
     return np.asarray(np.exp((weight * np.log(rates)[nearest]).sum(axis=-1) / weight.sum(axis=-1)))
 
 
-def timed_pass_seconds(timings: DeviceTimings, bytes: npt.ArrayLike, kernels: npt.ArrayLike, precision: str) -> Seconds:
+def timed_pass_seconds(
+    timings: DeviceTimings, bytes: npt.ArrayLike, kernels: npt.ArrayLike, precision: str, *, backward: bool = False
+) -> Seconds:
     """Seconds of memory-bound work that moves `bytes` in `kernels` passes."""
-    launch_s, bytes_per_s = timings.passes_in(precision)
-    return np.asarray(np.asarray(kernels) * launch_s + np.asarray(bytes, dtype=float) / bytes_per_s)
+    timed = timings.passes_in(precision, backward=backward)
+    return np.asarray(np.asarray(kernels) * timed.launch_s + np.asarray(bytes, dtype=float) / timed.bytes_per_s)
 
 
 def timed_collective_seconds(

@@ -12,6 +12,12 @@ GDDR_BYTES_PER_S = 11e9
 """A multiprocessor's part of the bandwidth that no HBM device is below, and no GDDR device above."""
 
 
+def kind_of(device: Device) -> str:
+    """The generation of a device with HBM; `gddr` of any other."""
+    per_multiprocessor = device.memory_bandwidth_bytes_per_s / device.sm_count
+    return "gddr" if per_multiprocessor < GDDR_BYTES_PER_S else device.generation
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostTimes:
     """What the host of an engine takes, while its devices wait."""
@@ -25,6 +31,8 @@ class HostTimes:
     request_s: float = 0.0
     """From a client to the scheduler and back, once a request: HTTP, tokens from and to text. It delays the first
     token, but no step."""
+    prompt_s: float = 0.0
+    """Once a prompt that ends in a step: what its request takes of the processors that the step needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,9 @@ class ServingConstants:
     keep busy."""
     kv_gain: float
     """Rate at which attention gathers keys and values by page, against that of the weights."""
+    uneven: float
+    """Attention ends with the longest of a step's sequences: of the tokens that it holds beyond the mean, the part that
+    every sequence takes longer by."""
     cache_gain: float
     """The same for query heads that read, one after the other, keys and values already in the cache."""
     held_rate: float
@@ -54,8 +65,7 @@ class ServingConstants:
         """`stream` of a device, unless a probe has measured it."""
         if device.memory_efficiency is not None:
             return device.memory_efficiency
-        per_multiprocessor = device.memory_bandwidth_bytes_per_s / device.sm_count
-        return self.stream["gddr" if per_multiprocessor < GDDR_BYTES_PER_S else device.generation]
+        return self.stream[kind_of(device)]
 
     def values(self) -> dict[str, float]:
         """Every number by its dotted name, like `stream.hopper` or `hosts.vllm.step_s`."""
@@ -92,29 +102,31 @@ SERVING = ServingConstants(
     # fitted by bench/fit_serving.py, but for what says otherwise
     stream=MappingProxyType(
         {
-            "gddr": 0.85,
-            "ampere": 0.785,
-            "hopper": 0.832,
-            "blackwell": 0.716,
+            "gddr": 0.864,
+            "ampere": 0.798,
+            "hopper": 0.846,
+            "blackwell": 0.727,
             # no rows: made in the processes of the ones before
-            "cdna3": 0.832,
-            "volta": 0.785,
+            "cdna3": 0.846,
+            "volta": 0.798,
         }
     ),
-    kv_gain=1.16,
-    cache_gain=1.98,
-    held_rate=0.926,
-    graph_kernel_s=1.62e-06,
-    eager_kernel_s=7.94e-06,
-    direct_rate=0.236,
+    kv_gain=1.12,
+    # measured: 0.054 to 0.069 in casys-kaist/LLMServingSim, profiler/perf/RTXPRO6000 (`alpha_default`)
+    uneven=0.06,
+    cache_gain=1.94,
+    held_rate=0.925,
+    graph_kernel_s=1.64e-06,
+    eager_kernel_s=8.11e-06,
+    direct_rate=0.235,
     hosts=MappingProxyType(
         {
-            "fastertransformer": HostTimes(step_s=0.000247, sequence_s=5.71e-05),
+            "fastertransformer": HostTimes(step_s=0.000254, sequence_s=5.67e-05),
             # kernel_s: read off its published rows with one sequence
-            "megatron-lm": HostTimes(step_s=0.000247, sequence_s=5.71e-05, kernel_s=65e-6),
-            "tensorrt-llm-static": HostTimes(step_s=0.000599, sequence_s=3.27e-06),
-            "tensorrt-llm": HostTimes(step_s=0.000859, sequence_s=1.25e-05, request_s=0.037),
-            "vllm": HostTimes(step_s=0.00152, sequence_s=2.57e-05, request_s=0.0235),
+            "megatron-lm": HostTimes(step_s=0.000254, sequence_s=5.67e-05, kernel_s=65e-6),
+            "tensorrt-llm-static": HostTimes(step_s=0.00055, sequence_s=3.03e-06),
+            "tensorrt-llm": HostTimes(step_s=0.000878, sequence_s=1.2e-05, request_s=0.0371),
+            "vllm": HostTimes(step_s=0.00157, sequence_s=2.39e-05, request_s=0.0236),
             "triaxial": HostTimes(step_s=1e-3, sequence_s=20e-6),  # assumed until its server is measured
         }
     ),

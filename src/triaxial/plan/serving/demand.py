@@ -11,7 +11,7 @@ import numpy as np
 
 from triaxial import BadInput
 from triaxial.cluster.spec import Cluster
-from triaxial.plan.serving.served import Served
+from triaxial.plan.serving.simulation.served import Served
 from triaxial.plan.serving.traces import read_lengths, read_trace
 from triaxial.plan.serving.traffic import Traffic, closed_loop, draw_lengths, parse_lengths, poisson
 from triaxial.plan.serving.workload import Serving

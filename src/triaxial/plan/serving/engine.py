@@ -12,6 +12,8 @@ class Engine:
     name: str
     host: str
     """Whose host times it has (`ServingConstants.hosts`)."""
+    over_http: bool = True
+    """Requests come to it through its server; False calls it directly."""
     continuous: bool = True
     """Requests join and leave a running batch; False decodes one batch to its end before the next."""
     chunked_prefill: bool = True
@@ -31,10 +33,14 @@ class Engine:
     grouped_heads: tuple[int, ...] | None = None
     """Query heads per kv head for which decoding reads keys and values once; for other groups every query head reads
     them again, from the cache. None: any group."""
+    groups_apart: tuple[str, ...] = ()
+    """Kinds of devices (`constants.kind_of`) on which no group does so in a step that prompts are in too."""
     fused_attention: bool = True
     """Prompts go through one attention kernel; False writes all scores to memory."""
     batches_decoding: bool = True
     """Sequences decode in one product; False reads the weights once for each of them."""
+    host_ahead: bool = False
+    """The host readies a step while the devices work on the one before."""
     graphs: bool = True
     """Steps are replayed as captured graphs; False issues kernel by kernel."""
     pipeline_tokens: int | None = None
@@ -53,14 +59,23 @@ class Engine:
 
 
 OURS = Engine(name="triaxial", host="triaxial", graphs=False, direct_all_reduce=False)
-"""Triaxial's own engine."""
+"""Triaxial's own engine behind its server."""
 
-VLLM = Engine(name="vllm", host="vllm", casts_apart=True)
+OURS_CALLED = replace(OURS, over_http=False)
+"""As the benchmarks call it."""
+
+VLLM_0_6 = Engine(name="vllm-0.6", host="vllm", casts_apart=True, groups_apart=("volta", "ampere", "gddr"))
 """vLLM from 0.6: chunked prefill, captured graphs, `gpu_memory_utilization` 0.9 (its "Engine Arguments"), its own
 all-reduce kernels (its pull request 2192). It casts to fp8 before every product (`scaled_fp8_quant` of its fp8 linear
-layers); later versions fuse casts, norms and all-reduces (its "Fusion torch.compile passes")."""
+layers); later versions fuse casts, norms and all-reduces (its "Fusion torch.compile passes"). Where it has neither
+FlashAttention-3 (Hopper) nor FlashInfer's kernels (Blackwell with HBM), FlashAttention-2 takes a step's prompts and
+decoding sequences in one call, and brings a group's query heads together only where all sequences have one query (its
+`seqlenq_ngroups_swapped`, flash_api.cpp)."""
 
-SGLANG = replace(VLLM, name="sglang")
+VLLM = replace(VLLM_0_6, name="vllm", host_ahead=True)
+"""From 0.14: asynchronous scheduling by default (its pull request 31998)."""
+
+SGLANG = replace(VLLM, name="sglang", groups_apart=())
 
 TENSORRT_LLM = Engine(
     name="tensorrt-llm", host="tensorrt-llm", chunked_prefill=False, reserves_outputs=True, fused_all_reduce=True
@@ -110,7 +125,8 @@ SERVERS: dict[str, Engine] = {engine.name: engine for engine in (VLLM, SGLANG, T
 
 ENGINES: dict[str, Engine] = {
     "triaxial": OURS,
-    "vllm": VLLM,
+    **{f"vllm 0.{minor}": VLLM for minor in range(14, 40)},
+    "vllm": VLLM_0_6,
     "sglang": SGLANG,
     "trtllm 1.0": TENSORRT_LLM_1_0,
     "trtllm": TENSORRT_LLM,

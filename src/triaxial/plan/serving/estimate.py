@@ -10,12 +10,12 @@ import numpy as np
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout
+from triaxial.plan.serving.cost.memory import ServingMemory
+from triaxial.plan.serving.cost.step import StepCost, step_cost
 from triaxial.plan.serving.engine import VLLM, Engine
-from triaxial.plan.serving.limits import BLOCK_TOKENS, Limits
-from triaxial.plan.serving.memory import ServingMemory
-from triaxial.plan.serving.served import Served
-from triaxial.plan.serving.simulate import simulate
-from triaxial.plan.serving.step import StepCost, step_cost
+from triaxial.plan.serving.simulation.limits import BLOCK_TOKENS, Limits
+from triaxial.plan.serving.simulation.served import Served
+from triaxial.plan.serving.simulation.simulate import simulate
 from triaxial.plan.serving.traffic import Traffic, closed_loop, poisson
 from triaxial.plan.serving.workload import Serving
 

@@ -22,8 +22,9 @@ from triaxial.plan.pipeline.generators import stage_placement
 from triaxial.plan.pipeline.stages import rank_loads, stage_cut
 from triaxial.plan.training.block_seconds import model_seconds, price_blocks
 from triaxial.plan.training.constants import TRAINING
+from triaxial.plan.training.hops import hops_of, tied_seconds
 from triaxial.plan.training.memory import data_ep, rank_weights
-from triaxial.plan.training.price import Estimate, hop_seconds, tied_seconds
+from triaxial.plan.training.price import Estimate
 from triaxial.plan.workload import Training
 
 Floats = NDArray[np.float64]
@@ -42,7 +43,7 @@ class Alone:
     tp_s: Floats
     """[phase, block]: its tensor-parallel collectives."""
     hop_s: float
-    """Of one stage's output, or its gradient, to the next rank."""
+    """Of one stage's output, or its gradient, to the next rank, across the outermost links between any two."""
     reduce_s: Floats
     """[block]: of one reduction of its gradients over the data-parallel ranks, or over those that ZeRO shards over."""
     tied_s: float
@@ -68,7 +69,7 @@ def price_alone(model: ModelSpec, cluster: Cluster, training: Training, layout: 
         cut=layout.cut or stage_cut(model, training.seq_len, stage_placement(layout.schedule, layout.pp, layout.vpp)),
         compute_s=parts[:, _COMPUTE],
         tp_s=parts[:, _TP],
-        hop_s=float(hop_seconds(model, training, table, placement)[0]),
+        hop_s=float(hops_of(model, training, table, placement).farthest[0]),
         reduce_s=np.array([_seconds(placement, *reduction, size) for size in gradient_bytes]),
         tied_s=float(tied_seconds(model, OURS, table, placement)[0]),
         slowed_s=TRAINING.on(cluster.device).interference * whole.hidden_s["dp"],

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triaxial.plan.layout_table import SCHEDULES, Ints
+from triaxial.plan.training.hops import Hops
 
 Floats = NDArray[np.float64]
 
@@ -78,29 +79,25 @@ def bubble_seconds(
 
 
 def transfer_seconds(
-    schedule: Ints, pp: Ints, vpp: Ints, micro_batches: Ints, hop: Floats, overlapped: bool, staggered: bool = False
+    schedule: Ints, vpp: Ints, micro_batches: Ints, hops: Hops, overlapped: bool, staggered: bool = False
 ) -> Floats:
     """Seconds that stage-to-stage transfers add to a step.
 
-    Filling and draining waits for hops in every schedule. In 1F1B rank 0 has p micro-batches in flight, each of which
-    makes 2 (p-1) hops, so in the steady state each costs 2 (p-1)/p more. Schedules with more in flight hide their
-    transfers behind computation, if the program lets them.
+    Filling and draining waits for hops in every schedule, 1F1B for each micro-batch besides. Schedules with more
+    micro-batches in flight hide their transfers behind computation, if the program lets them.
 
     Args:
-        hop: seconds of one transfer between neighbouring stages.
         overlapped: a rank computes while it sends; if not, interleaved stages pay for every hop.
         staggered: as in `bubble_seconds`.
     """
-    filling = {
-        "gpipe": 2 * (pp - 1),
-        "interleaved": 2 * (pp * vpp - 1) if overlapped else 2 * (pp - 1),
-        "zb-h1": 4 * (pp - 1),
-        "zb-h2": 2 * (pp - 1) if staggered else pp - 1,
-        "zb-v": 4 * (pp - 1),
+    there_and_back = 2 * hops.chain
+    steady = hops.steady(micro_batches)
+    forms = {
+        "gpipe": there_and_back,
+        "1f1b": there_and_back + steady,
+        "interleaved": 2 * hops.way(vpp) if overlapped else there_and_back + steady * vpp,
+        "zb-h1": 2 * there_and_back,
+        "zb-h2": there_and_back if staggered else hops.chain,
+        "zb-v": 2 * there_and_back,
     }
-    kinds = [schedule == SCHEDULES.index(name) for name in filling]
-    hops = np.select(kinds, list(filling.values()), 2 * (pp - 1))
-    steady = np.where(schedule == SCHEDULES.index("1f1b"), 2 * (pp - 1) / pp, 0.0)
-    if not overlapped:
-        steady = np.where(schedule == SCHEDULES.index("interleaved"), 2 * (pp - 1) / pp * vpp, steady)
-    return hop * (hops + (micro_batches - 1) * steady)
+    return np.select([schedule == SCHEDULES.index(name) for name in forms], list(forms.values()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from triaxial.cluster.spec import Cluster
@@ -16,7 +18,7 @@ from triaxial.plan.pipeline.simulate import Durations, Simulation, StageCosts, T
 from triaxial.plan.pipeline.stages import rank_loads, stage_cut
 from triaxial.plan.training.block_seconds import model_seconds, price_blocks
 from triaxial.plan.training.constants import TRAINING
-from triaxial.plan.training.price import hop_seconds
+from triaxial.plan.training.hops import tier_seconds
 from triaxial.plan.workload import Training
 
 
@@ -25,16 +27,19 @@ def play(model: ModelSpec, cluster: Cluster, training: Training, layout: Layout)
     table = layout_table([layout])
     placement = place(cluster, table)
     seconds = model_seconds(price_blocks(model, training, OURS, table, placement), table.recompute, OURS, TRAINING)
-    cut = layout.cut or stage_cut(model, training.seq_len, stage_placement(layout.schedule, layout.pp, layout.vpp))
+    ranks = stage_placement(layout.schedule, layout.pp, layout.vpp)
+    cut = layout.cut or stage_cut(model, training.seq_len, ranks)
     # every virtual stage as if it were a rank of its own
     held = rank_loads(cut, layout.num_stages, "1f1b", model.num_dense_layers)
     phases = seconds.on_rank(held).phases  # [phase, stage]
-    hop = float(hop_seconds(model, training, table, placement)[0])
+    hop, members = tier_seconds(model, training, table, placement)[:, 0], placement.members("pp")[:, 0]
+    # the innermost tier with a unit that holds both ranks
+    crossed = [np.argmax(a // members == b // members) for a, b in pairwise(ranks)]
     costs = StageCosts(
         forward_s=tuple(phases[0].tolist()),
         input_s=tuple(phases[1].tolist()),
         weight_s=tuple(phases[2].tolist()),
-        transfers=(Transfer(latency_s=hop),) * (layout.num_stages - 1),
+        transfers=tuple(Transfer(latency_s=float(hop[tier])) for tier in crossed),
     )
     schedule = build_schedule(
         layout.schedule,

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.compute import pass_seconds
-from triaxial.plan.cost.placement import Placement, place
+from triaxial.plan.cost.placement import place
 from triaxial.plan.cost.practice import OURS, Practice
 from triaxial.plan.layout import Layout
-from triaxial.plan.layout_table import SCHEDULES, LayoutTable, layout_table
+from triaxial.plan.layout_table import LayoutTable, layout_table
 from triaxial.plan.legal import check_training_layout
 from triaxial.plan.pipeline.stages import Loads, heaviest_ranks
 from triaxial.plan.training.block_seconds import ModelSeconds, PricedBlocks, model_seconds, price_blocks, shard_of
 from triaxial.plan.training.constants import TRAINING, TrainingConstants
+from triaxial.plan.training.hops import hops_of, tied_seconds
 from triaxial.plan.training.memory import USABLE_MEMORY, Memory, data_ep, expert_shards, memory, rank_weights
 from triaxial.plan.training.pipeline_seconds import StageSeconds, bubble_seconds, transfer_seconds
 from triaxial.plan.training.reduction import data_parallel_seconds
@@ -130,16 +131,17 @@ def step_seconds(
         bubble = bubble + excess_seconds(table.schedule, table.pp, count, average)
     compute, tp, cp, ep = own.table.sum(axis=0) * count
     hidden_tp, hidden_cp = own.hidden.sum(axis=0) * count
-    hop = hop_seconds(model, training, table, placement)
+    hops = hops_of(model, training, table, placement)
     exposed_pp = transfer_seconds(
-        table.schedule, table.pp, table.vpp, count, hop, practice.overlap_pipeline, practice.staggered_steps
+        table.schedule, table.vpp, count, hops, practice.overlap_pipeline, practice.staggered_steps
     )
+    hop = hops.mean(table.pp, table.vpp)
     timings = cluster.device.timings
     if timings is not None and timings.ranks_per_processor > 1:
         bubble, exposed_pp = shared_waiting_seconds(
             timings.ranks_per_processor, table, count, stage.total, stage.total + others.total, hop
         )
-    hidden_pp = np.maximum(0.0, np.where(table.pp > 1, 2 * table.vpp * count * hop, 0.0) - exposed_pp)
+    hidden_pp = np.maximum(0.0, 2 * table.vpp * count * hop - exposed_pp)
     exposed_pp = exposed_pp + tied_seconds(model, practice, table, placement)
 
     # all stages reduce and update at once at the end: the one with the most parameters is waited for
@@ -180,22 +182,6 @@ def all_ranks(model: ModelSpec, layouts: int) -> Loads:
     one = np.ones((1, layouts))
     experts = model.num_layers - model.num_dense_layers
     return Loads(model.num_dense_layers * one, experts * one, one, one, one)
-
-
-def hop_seconds(model: ModelSpec, training: Training, table: LayoutTable, placement: Placement) -> Floats:
-    """Seconds of one stage's output on its way to the next rank. From node to node each tp rank sends its part, and
-    the receivers gather them (arXiv 2104.04473, section 4.1); sequence parallelism has it in parts already."""
-    output = np.asarray(shard_of(table).tokens(training.seq_len) * model.hidden * training.element_bytes)
-    in_parts = (table.sp > 0) | (placement.in_node("tp") & ~placement.in_node("pp"))
-    hop = placement.seconds("pp", "send_recv", output / np.where(in_parts, table.tp, 1))
-    return hop + placement.seconds("tp", "all_gather", np.where(in_parts & (table.sp == 0), output, 0.0))
-
-
-def tied_seconds(model: ModelSpec, practice: Practice, table: LayoutTable, placement: Placement) -> Floats:
-    """The first and the last stage exchange the gradient of the table that they share; ZB-V has both on one rank."""
-    apart = model.tied_embeddings & (table.schedule != SCHEDULES.index("zb-v"))
-    shared = model.vocab * model.hidden / table.tp * practice.reduce_bytes * apart
-    return 2 * placement.seconds("pp", "send_recv", shared)
 
 
 def _optimizer_seconds(

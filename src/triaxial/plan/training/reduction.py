@@ -31,7 +31,7 @@ def data_parallel_seconds(
 
     Without ZeRO one all-reduce a step; ZeRO-1 a reduce-scatter and an all-gather a step; ZeRO-2 a reduce-scatter a
     micro-batch; ZeRO-3 also gathers each layer before its forward and its backward pass, every micro-batch
-    (arXiv 1910.02054, 2304.11277). Hybrid sharding adds an all-reduce over the replicas.
+    (arXiv 1910.02054, 2304.11277). Hybrid sharding adds an all-reduce of each shard over its replicas, once a step.
 
     Args:
         weights: parameters on the rank.
@@ -52,17 +52,21 @@ def data_parallel_seconds(
     scatter = seconds("shard", "reduce_scatter", gradient_bytes)
     replicas = seconds("replicas", "all_reduce", gradient_bytes / table.state_shards)
     gather = seconds("shard", "all_gather", parameter_bytes)
-    reduce = np.where(zero == 0, all_reduce, scatter + replicas)
-    once_or_each = np.where(zero >= 2, table.micro_batches(training.global_batch), 1)
+    micro_batches = np.where(zero >= 2, table.micro_batches(training.global_batch), 1)
+    gathers = np.where(zero >= 3, micro_batches, np.where(zero >= 1, 1, 0))
+    reduce = np.where(zero == 0, all_reduce, scatter) + np.where(zero >= 3, gather, 0)
+    replicas = np.where(zero > 0, replicas, 0.0)
+
+    share = np.where(placement.in_node("data"), constants.overlap_share, constants.overlap_between_nodes)
 
     def hidden(seconds: Floats, window: Floats, overlapped: bool) -> Floats:
-        if not overlapped:
-            return np.zeros_like(seconds)
-        return np.minimum(seconds * (1 - 1 / np.maximum(layers, 1)), constants.overlap_share * window)
+        return np.minimum(seconds, share * window) if overlapped else np.zeros_like(seconds)
 
-    gathers = np.where(zero >= 3, once_or_each, np.where(zero >= 1, 1, 0))
-    reduced = reduce + np.where(zero >= 3, gather, 0)
-    total = once_or_each * reduced + gathers * gather
-    hides = once_or_each * hidden(reduced, backward, practice.overlap_gradients)
-    hides = hides + gathers * hidden(gather, forward, practice.overlap_parameters)
+    # the last of the layers has nothing to hide behind, a shard starts for its replicas when the next layer is reduced
+    all_but_one, all_but_two = (np.maximum(1 - exposed / np.maximum(layers, 1), 0) for exposed in (1, 2))
+    beside, last = reduce * all_but_one, reduce * all_but_one + replicas * all_but_two
+    hides = gathers * hidden(gather * all_but_one, forward, practice.overlap_parameters)
+    hides = hides + (micro_batches - 1) * hidden(beside, backward, practice.overlap_gradients)
+    hides = hides + hidden(last, backward, practice.overlap_gradients)
+    total = micro_batches * reduce + replicas + gathers * gather
     return total - (1 - constants.interference) * hides, hides

@@ -30,7 +30,8 @@ def shared_waiting_seconds(
         shared_pipeline_seconds(ranks_per_processor, table.schedule, table.pp, micro_batches, stage, chain, seconds)
         for seconds in (np.zeros_like(travel), travel)
     )
-    return np.maximum(0.0, at_once - stage * micro_batches), step - at_once
+    # however many they are, the last micro-batch's way back through the stages has nothing left beside it
+    return np.maximum(0.0, at_once - stage * micro_batches), np.maximum(step - at_once, travel / 2)
 
 
 def shared_pipeline_seconds(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from triaxial.plan.cost.practice import OURS, Practice
 
-MEGATRON_2021 = Practice(
+MEGATRON_2022 = Practice(
     attention="unfused",
     dropout=True,
     fused_accumulation=True,
@@ -17,14 +17,22 @@ MEGATRON_2021 = Practice(
 """Megatron-LM before 2023: fused softmax and bias-dropout kernels, fp32 gradient buffers, one blocking all-reduce
 after the last micro-batch, scatter/gather transfers (arXiv 2104.04473, sections 4.1 and 4.2)."""
 
-ZERO_BUBBLE = replace(MEGATRON_2021, overlap_pipeline=True, staggered_steps=True)
+MEGATRON_2021 = replace(
+    MEGATRON_2022, fused_accumulation=False, fused_alike_accumulation=False, gradient_bytes=2, reduce_bytes=2
+)
+"""Until 2021 weight gradients were added up in a pass of their own and, in fp16, stayed fp16 unless
+`--accumulate-allreduce-grads-in-fp32` was given (its arguments.py and model/distributed.py; DeepSpeed's pipeline engine
+under Megatron's layers does the same: arXiv 2201.11990, section 2)."""
+
+MEGATRON_TORCH_DDP = replace(MEGATRON_2021, overlap_gradients=True)
+"""Run with `--DDP-impl torch`, which reduces buckets while the backward pass goes on: the rows of table 1 of arXiv
+2104.04473 without a pipeline (examples/sc21/run_table_1.sh)."""
+
+ZERO_BUBBLE = replace(MEGATRON_2022, overlap_pipeline=True, staggered_steps=True)
 """The fork of Megatron-LM behind arXiv 2401.10241: asynchronous transfers, optimizer post-validation."""
 
-MEGATRON_DEEPSPEED = replace(MEGATRON_2021, fused_accumulation=False, gradient_bytes=2, reduce_bytes=2)
-"""Megatron's layers under DeepSpeed's pipeline engine: fp16 gradients (arXiv 2201.11990, section 2)."""
-
 VTRAIN_PROFILE = replace(
-    MEGATRON_2021,
+    MEGATRON_2022,
     fused_passes=False,
     fused_accumulation=True,
     gradient_bytes=2,
@@ -36,7 +44,7 @@ VTRAIN_PROFILE = replace(
 gradients, a vocabulary of 50,257 cut by tp without padding, one all-reduce at the end. Its single-node rows are sums
 of such profiles (docs/measured/planner.md)."""
 
-DEEPSPEED_ZERO_3 = replace(MEGATRON_DEEPSPEED, messages_per_layer=4)
+DEEPSPEED_ZERO_3 = replace(MEGATRON_2021, messages_per_layer=4)
 """DeepSpeed's ZeRO-3 of 2021 gathers parameter by parameter (four matrices a layer; smaller ones stay), in the way of
 computation (arXiv 1910.02054; the baseline of arXiv 2104.04473, section 5.2)."""
 
@@ -44,7 +52,9 @@ MEGATRON_CORE = Practice(attention="flash-3", reduce_bytes=2, fused_accumulation
 """NeMo and Megatron-Bridge recipes: cuDNN's fused attention, fused kernels, distributed optimizer with overlapped
 reduce-scatter and all-gather, user-buffer overlap of tensor-parallel collectives, asynchronous transfers."""
 
-LLM_FOUNDRY = Practice(attention="flash-1", fused_passes=False, gradient_bytes=2, reduce_bytes=2)
+LLM_FOUNDRY = Practice(
+    attention="flash-1", fused_passes=False, fused_alike_accumulation=False, gradient_bytes=2, reduce_bytes=2
+)
 """PyTorch FSDP with 16-bit parameters and reduction (mixed precision PURE), Triton FlashAttention, eager code."""
 
 TORCHTITAN_EAGER = Practice(fused_passes=False, selective="half")
@@ -61,11 +71,11 @@ PRACTICES: dict[str, Practice] = {
     "sc21t2": MEGATRON_2021,
     "mlmreadme": MEGATRON_2021,
     "mlm2020": MEGATRON_2021,
-    "kor": MEGATRON_2021,
+    "kor": MEGATRON_2022,
     "zb": ZERO_BUBBLE,
-    "mtnlg": MEGATRON_DEEPSPEED,
-    "neox": MEGATRON_DEEPSPEED,
-    "vtm": MEGATRON_DEEPSPEED,
+    "mtnlg": MEGATRON_2021,
+    "neox": MEGATRON_2021,
+    "vtm": MEGATRON_2021,
     "vts": VTRAIN_PROFILE,
     "llmf": LLM_FOUNDRY,
     "titan": TORCHTITAN_EAGER,
@@ -79,18 +89,21 @@ PRACTICES: dict[str, Practice] = {
 """By the first word of a row's id; any other row is predicted with Triaxial's own practice."""
 
 
-def practice_of(source: str, notes: str, zero: int) -> Practice:
+def practice_of(source: str, notes: str, zero: int, pp: int) -> Practice:
     """The practice behind a published row.
 
     Args:
         source: prefix of the row's id, without its number.
         notes: the source's words about the row, which may name compilation and asynchronous tensor parallelism.
         zero: its ZeRO stage.
+        pp: its pipeline stages.
     """
     practice = PRACTICES.get(source.partition("-")[0], OURS)
     words = notes.lower()
     if source == "titan" and "compile" in words:
         practice = TORCHTITAN_COMPILED
+    if source == "sc21t1" and pp == 1:
+        practice = MEGATRON_TORCH_DDP
     if source == "sc21t2" and zero == 3:
         practice = DEEPSPEED_ZERO_3
     if "async" in words:

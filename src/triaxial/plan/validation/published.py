@@ -18,6 +18,10 @@ from triaxial.plan.validation.practices import practice_of
 from triaxial.plan.workload import Precision, Training
 
 REQUIRED_COLUMNS = ("id", "gpu", "gpus", "layers", "hidden", "heads", "seq_len", "global_batch", "tp", "pp", "dp")
+ZERO_BUBBLE_NETWORK = "4x100Gb/s roce"
+"""Of arXiv 2401.10241: four devices a node (examples/test_all_schedules.sh of its repository), at the rate that its
+transfers show (table 9: with 14 and 28 of 15 and 31 hops inside nodes, those of 10.5 and 12.6 MB took 0.38 and 0.41 ms
+on average)."""
 DEFAULT_VOCAB = 50_304
 """GPT-2's vocabulary padded to a multiple of 128: what Megatron's scripts use where a source states none."""
 
@@ -138,7 +142,9 @@ def _point(row: dict[str, str]) -> Point:
             seq_len=int(row["seq_len"]),
             precision=_precision(row.get("precision", "")),
         ),
-        practice=practice_of(source, row.get("notes", ""), _zero(row.get("zero_stage_or_fsdp", ""), source)),
+        practice=practice_of(
+            source, row.get("notes", ""), _zero(row.get("zero_stage_or_fsdp", ""), source), int(row["pp"])
+        ),
         layouts=tuple(_layouts(row, source)),
         recipe=row.get("precision", ""),
         step_time_s=float(row["step_time_s"]),
@@ -209,6 +215,8 @@ def _network(text: str, per_node: int) -> str | None:
         return f"{per_node}x{match[1]}Gb/s"
     if text.startswith("4x ConnectX-6"):
         return "4x200Gb/s"
+    if text == "RoCE RDMA":
+        return ZERO_BUBBLE_NETWORK
     return None
 
 

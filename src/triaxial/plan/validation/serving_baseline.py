@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from triaxial.plan.serving.attention import AttentionCost
 from triaxial.plan.serving.constants import HostTimes
-from triaxial.plan.serving.pricing import GRID, multiplied_in, no_terms
-from triaxial.plan.serving.stage import Stage
-from triaxial.plan.serving.step import StepCost
+from triaxial.plan.serving.cost.attention import AttentionCost
+from triaxial.plan.serving.cost.pricing import GRID, multiplied_in, no_terms
+from triaxial.plan.serving.cost.stage import Stage
+from triaxial.plan.serving.cost.step import StepCost
 from triaxial.plan.validation.serving_points import ServedPoint
 
 MFU = 0.45
@@ -31,7 +31,9 @@ def roofline_cost(point: ServedPoint, cost: StepCost, mfu: float = MFU, mbu: flo
         head=no_terms(),
         body_seconds=np.maximum(GRID * token_s, weights_s),
         head_seconds=np.zeros_like(GRID),
-        attention=AttentionCost(full_layers=1, windowed_layers=0, window=0, pair_s=0.0, token_s=kv_s),
+        attention=AttentionCost(
+            full_layers=1, windowed_layers=0, window=0, pair_s=0.0, token_s=kv_s, mixed_token_s=kv_s
+        ),
         issue_s=0.0,
     )
     return replace(cost, stages=(stage,) * layout.pp, host=HostTimes(step_s=0.0, sequence_s=0.0))

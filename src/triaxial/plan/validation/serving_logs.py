@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,17 @@ from triaxial.cluster.hardware import Tier
 from triaxial.cluster.spec import Cluster
 from triaxial.plan.layout import Layout
 from triaxial.plan.serving.constants import SERVING, ServingConstants
-from triaxial.plan.serving.engine import VLLM
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.simulate import replay
-from triaxial.plan.serving.step import step_cost
+from triaxial.plan.serving.cost.step import step_cost
+from triaxial.plan.serving.engine import Engine
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.simulate import replay
 from triaxial.plan.serving.traffic import Traffic
 from triaxial.plan.serving.workload import Serving
-from triaxial.plan.validation.serving_points import read_table, served_model
+from triaxial.plan.validation.serving_points import engine_named, read_table, served_model
 
 LOG_COLUMNS = ("request", "arrival_s", "input_tokens", "output_tokens", "ttft_ms", "e2e_ms", "tpot_ms")
+EDITIONS = {"RTXPRO6000": "RTX-PRO-6000-Server"}
+"""Devices by the logs' names, where those are not the catalogue's."""
 METRICS = ("ttft_ms", "tpot_ms", "e2e_ms")
 
 
@@ -36,6 +38,7 @@ class ServerLog:
     cluster: Cluster
     layout: Layout
     work: Serving
+    engine: Engine
     traffic: Traffic
     measured: dict[str, NDArray[np.float64]]
     """Milliseconds of every request, by metric."""
@@ -67,7 +70,8 @@ def read_log(path: Path) -> ServerLog:
     rows = read_table(path)
     settings_path = path.with_suffix(".json")
     try:
-        settings = json.loads(settings_path.read_text(encoding="utf-8"))["engine_kwargs"]
+        run = json.loads(settings_path.read_text(encoding="utf-8"))
+        settings, version = run["engine_kwargs"], str(run["vllm_version"])
         tp, model_name = int(settings["tensor_parallel_size"]), str(settings["model"])
         columns = {name: np.array([float(row[name]) for row in rows]) for name in LOG_COLUMNS[1:]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -85,21 +89,25 @@ def read_log(path: Path) -> ServerLog:
             max_batch=int(settings["max_num_seqs"]),
             chunk_tokens=int(settings["max_num_batched_tokens"]),
         ),
+        engine=engine_named(f"vllm {version}"),
         traffic=Traffic(columns["arrival_s"][order], inputs, outputs),
         measured={name: columns[name][order] for name in METRICS},
     )
 
 
 def _machine(device_name: str, gpus: int) -> Cluster:
-    """Devices without NVLink behind one socket: the log's first request, alone with its all-reduces, shows their rate to
-    be that of messages staged through the host."""
-    pcie = Tier(name="socket", ranks=gpus, link="pcie-host", bandwidth_bytes_per_s=63e9)
-    return Cluster(name=device_name, gpus_per_node=gpus, device=find_device(device_name), tiers=(pcie,))
+    """As the configurations beside the published logs describe it (casys-kaist/LLMServingSim, bench/examples/configs):
+    memory of 1,597 GB/s, which is the device's server edition, and links that messages pass at 16 GB/s."""
+    link = Tier(name="socket", ranks=gpus, link="pcie-host", bandwidth_bytes_per_s=16e9, efficiency=1.0)
+    device = find_device(EDITIONS.get(device_name, device_name))
+    return Cluster(name=device.name, gpus_per_node=gpus, device=device, tiers=(link,))
 
 
 def replay_log(log: ServerLog, constants: ServingConstants = SERVING) -> list[LogErrors]:
-    """Replay a log and compare every metric's mean and 90th percentile."""
-    cost = step_cost(served_model(log.model_name), log.cluster, log.layout, log.work, VLLM, constants)
+    """Replay a log and compare every metric's mean and 90th percentile. Its times are the engine's own, without a
+    server's: its driver calls the engine with token ids (casys-kaist/LLMServingSim, bench/core/runner.py)."""
+    engine = replace(log.engine, over_http=False)
+    cost = step_cost(served_model(log.model_name), log.cluster, log.layout, log.work, engine, constants)
     limits = Limits(
         max_batch=log.work.max_batch,
         chunk_tokens=log.work.chunk_tokens,

@@ -116,7 +116,7 @@ def _static(row: dict[str, str]) -> ServedPoint:
     reported = row["reported"].split(";")[0]
     if reported not in STATIC_METRICS or not row[reported]:
         raise BadInput(f"no metric {reported!r}")
-    engine = _engine(row["engine"])
+    engine = engine_named(row["engine"])
     # a table of first-token latencies has no output length
     work = _work(row, _precision(row["precision"], "fp16"), int(row["output_len"] or 1))
     load: Load = "loop" if engine.continuous else "batch"
@@ -130,7 +130,10 @@ def _loop(row: dict[str, str]) -> ServedPoint:
     precision = _precision(row["gemm_quant"] or row["precision"], "bf16")
     source = f"{row['engine']} {row['model'].rpartition('/')[2]}"
     point = _point(
-        row, source, _work(row, precision, int(row["output_len"])), _engine(f"{row['engine']} {row['engine_version']}")
+        row,
+        source,
+        _work(row, precision, int(row["output_len"])),
+        engine_named(f"{row['engine']} {row['engine_version']}"),
     )
     measured = {name: float(row[name]) for name in LOOP_METRICS if row[name]}
     return replace(point, measured=measured, load="loop")
@@ -169,7 +172,12 @@ def _point(row: dict[str, str], source: str, work: Serving, engine: Engine) -> S
     )
 
 
-def _engine(text: str) -> Engine:
+def engine_named(text: str) -> Engine:
+    """The engine behind a source's word for it and its version.
+
+    Raises:
+        BadInput: an unknown one.
+    """
     for prefix, engine in ENGINES.items():
         if text.lower().startswith(prefix):
             return engine

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from triaxial import BadInput
-from triaxial.plan.serving.closed_form import static_batch
 from triaxial.plan.serving.constants import SERVING, ServingConstants
+from triaxial.plan.serving.cost.step import StepCost, step_cost
 from triaxial.plan.serving.estimate import limits_of, tpot_seconds, traffic_of
-from triaxial.plan.serving.simulate import simulate
-from triaxial.plan.serving.step import StepCost, step_cost
+from triaxial.plan.serving.search.closed_form import static_batch
+from triaxial.plan.serving.simulation.simulate import simulate
 from triaxial.plan.serving.traffic import at_once
 from triaxial.plan.validation.serving_baseline import roofline_cost
 from triaxial.plan.validation.serving_left_out import LEFT_OUT

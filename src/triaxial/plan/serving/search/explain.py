@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from triaxial.plan.serving.candidates import Candidate
 from triaxial.plan.serving.demand import Demand, Objective
-from triaxial.plan.serving.flips import Flip, flip_points
-from triaxial.plan.serving.option import Option, carried_rate
-from triaxial.plan.serving.search import Found, alone_in
-from triaxial.plan.serving.served import Served
+from triaxial.plan.serving.search.candidates import Candidate
+from triaxial.plan.serving.search.flips import Flip, flip_points
+from triaxial.plan.serving.search.option import Option, carried_rate
+from triaxial.plan.serving.search.search import Found, alone_in
+from triaxial.plan.serving.simulation.served import Served
 
 TERM_WORDS = {
     "weights": "reading weights",

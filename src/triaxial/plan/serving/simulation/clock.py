@@ -20,6 +20,9 @@ class CostOfStep(Protocol):
     @property
     def request_s(self) -> float: ...
 
+    @property
+    def uneven(self) -> float: ...
+
     def seconds(
         self,
         prefill_tokens: float,

@@ -11,15 +11,15 @@ from triaxial import BadInput
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.clock import Clock
-from triaxial.plan.serving.closed_form import Steady, steady
+from triaxial.plan.serving.cost.memory import ServingMemory, serving_memory
+from triaxial.plan.serving.cost.step import StepCost, step_cost
 from triaxial.plan.serving.demand import Demand, Objective
 from triaxial.plan.serving.engine import Engine
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.memory import ServingMemory, serving_memory
-from triaxial.plan.serving.served import Served
-from triaxial.plan.serving.simulate import simulate
-from triaxial.plan.serving.step import StepCost, step_cost
+from triaxial.plan.serving.search.closed_form import Steady, steady
+from triaxial.plan.serving.simulation.clock import Clock
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.served import Served
+from triaxial.plan.serving.simulation.simulate import simulate
 from triaxial.plan.serving.traffic import Traffic
 from triaxial.plan.serving.workload import Serving
 

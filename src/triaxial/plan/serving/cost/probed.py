@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from triaxial.cluster.hardware import Device
-from triaxial.cluster.timings import EngineTimings, ProductTiming
+from triaxial.cluster.timings import EngineTimings, ProductTiming, ServerTimings
+from triaxial.plan.serving.constants import HostTimes
 from triaxial.plan.serving.engine import OURS, Engine
 
 Seconds = npt.NDArray[np.float64]
@@ -16,7 +18,26 @@ Seconds = npt.NDArray[np.float64]
 
 def probed_engine(device: Device, engine: Engine) -> EngineTimings | None:
     """What a probe has measured of an engine: of ours alone."""
-    return device.timings.engine if device.timings is not None and engine == OURS else None
+    return device.timings.engine if device.timings is not None and engine.host == OURS.host else None
+
+
+def probed_host(timings: EngineTimings, engine: Engine, client: ServerTimings | None, *, crowded: bool) -> HostTimes:
+    """The host of an engine whose ranks are processors.
+
+    Server and client work for a step's tokens while the ranks are at the next one: on processors that are left, they
+    only delay what they pass on. `crowded` is where none is left: they take theirs from a rank, for which the others wait.
+    """
+    beside = [one for one in (timings.server if engine.over_http else None, client) if one is not None]
+    request_s = sum(one.request_s for one in beside)
+    own = HostTimes(step_s=timings.step_s, sequence_s=timings.sequence_s, request_s=request_s)
+    if not crowded:
+        return own
+    return replace(
+        own,
+        step_s=own.step_s + sum(one.step_s for one in beside),
+        sequence_s=own.sequence_s + sum(one.sequence_s for one in beside),
+        prompt_s=request_s,
+    )
 
 
 def product_seconds(

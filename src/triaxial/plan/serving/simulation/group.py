@@ -23,6 +23,7 @@ class Group:
         self._base: dict[int, int] = {}  # tokens a member would have held before the group's first step
         self._ends: list[tuple[int, int]] = []  # a heap: (the group's step that gives its last token, member)
         self._filling = [0] * block_tokens  # members by base modulo block_tokens
+        self._longest: list[tuple[int, int]] = []  # a heap: (-base, member); entries of those that have left are void
         self._dropped: dict[int, int] = {}  # blocks that a member has given back, where there is a window
 
     def __len__(self) -> int:
@@ -39,6 +40,7 @@ class Group:
         base = self._base[member] = held - self._steps
         self._filling[base % self._block_tokens] += 1
         heapq.heappush(self._ends, (self._steps + left, member))
+        heapq.heappush(self._longest, (-base, member))
         if self._window is not None:
             self._dropped[member] = dropped
 
@@ -55,6 +57,16 @@ class Group:
         self._filling[base % self._block_tokens] -= 1
         self.context -= base + self._steps
         return -(-(base + self._steps) // self._block_tokens) - self._dropped.pop(member, 0)
+
+    def context_to_read(self, uneven: float) -> int:
+        """As many tokens as take as long to read as those that the members hold, because the longest holds up the
+        others: it grows in each step as they do."""
+        if not uneven or not self.members:
+            return self.context
+        while self._base.get(self._longest[0][1]) != -self._longest[0][0]:
+            heapq.heappop(self._longest)
+        longest = self._steps - self._longest[0][0]
+        return self.context + round(uneven * (len(self.members) * longest - self.context))
 
     @property
     def steps_left(self) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triaxial.cluster.spec import Cluster
+from triaxial.cluster.timings import ServerTimings
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout, check_layout
 from triaxial.plan.serving.constants import SERVING, HostTimes, ServingConstants
+from triaxial.plan.serving.cost.memory import ServingMemory, serving_memory
+from triaxial.plan.serving.cost.probed import probed_engine, probed_host
+from triaxial.plan.serving.cost.stage import Stage, build_stages
 from triaxial.plan.serving.engine import VLLM, Engine
-from triaxial.plan.serving.memory import ServingMemory, serving_memory
-from triaxial.plan.serving.probed import probed_engine
-from triaxial.plan.serving.stage import Stage, build_stages
 from triaxial.plan.serving.workload import Serving
 
 Number = float | NDArray[np.float64]
@@ -36,6 +37,8 @@ class StepCost:
     stages: tuple[Stage, ...]
     engine: Engine
     host: HostTimes
+    uneven: float
+    """`ServingConstants.uneven`."""
 
     @property
     def pipeline_ranks(self) -> int:
@@ -58,7 +61,7 @@ class StepCost:
         """From the start of a step to its tokens: through all stages of the pipeline."""
         args = (prefill_tokens, prefill_context_pairs, decode_sequences, decode_context, prefill_sequences)
         device: Number = sum(stage.seconds(*args) for stage in self.stages)
-        return device + self._host_seconds(decode_sequences + prefill_sequences)
+        return device + self._waits_for_host(device, decode_sequences, prefill_sequences)
 
     def interval_seconds(
         self,
@@ -75,7 +78,7 @@ class StepCost:
         slowest: Number = self.stages[0].seconds(*args)
         for stage in self.stages[1:]:
             slowest = np.maximum(slowest, stage.seconds(*args))
-        return slowest + self._host_seconds(decode_sequences + prefill_sequences)
+        return slowest + self._waits_for_host(slowest, decode_sequences, prefill_sequences)
 
     def parts(
         self,
@@ -90,10 +93,12 @@ class StepCost:
         args = (prefill_tokens, prefill_context_pairs, decode_sequences, decode_context, prefill_sequences)
         found = [stage.parts(*args) for stage in self.stages]
         total: dict[str, Number] = {name: sum(parts[name] for parts in found) for name in found[0]}
-        return {**total, "host": self._host_seconds(decode_sequences + prefill_sequences)}
+        return {**total, "host": self._waits_for_host(sum(total.values()), decode_sequences, prefill_sequences)}
 
-    def _host_seconds(self, sequences: Number) -> Number:
-        return self.host.step_s + self.host.sequence_s * sequences
+    def _waits_for_host(self, device: Number, decoding: Number, prompts: Number) -> Number:
+        """Seconds that devices which work for so many wait for the host."""
+        host = self.host.step_s + self.host.sequence_s * (decoding + prompts) + self.host.prompt_s * prompts
+        return np.maximum(0.0, host - device) if self.engine.host_ahead else host
 
 
 def step_cost(
@@ -103,8 +108,12 @@ def step_cost(
     work: Serving,
     engine: Engine = VLLM,
     constants: ServingConstants = SERVING,
+    client: ServerTimings | None = None,
 ) -> StepCost:
     """Build the cost of a step once; evaluating it is then cheap.
+
+    Args:
+        client: what a client on the same machine takes of its processors.
 
     Raises:
         BadInput: a layout that the model cannot be cut into, or more ranks than the cluster has.
@@ -114,12 +123,16 @@ def step_cost(
         serving_memory(model, cluster, layout, work, engine),
         build_stages(model, cluster, layout, work, engine, constants),
         engine,
-        _host_times(cluster, engine, constants),
+        _host_times(cluster, layout, engine, constants, client),
+        uneven=0.0 if probed_engine(cluster.device, engine) else constants.uneven,
     )
 
 
-def _host_times(cluster: Cluster, engine: Engine, constants: ServingConstants) -> HostTimes:
+def _host_times(
+    cluster: Cluster, layout: Layout, engine: Engine, constants: ServingConstants, client: ServerTimings | None
+) -> HostTimes:
     probed = probed_engine(cluster.device, engine)
-    if probed is None:
-        return constants.hosts[engine.host]
-    return HostTimes(step_s=probed.step_s, sequence_s=probed.sequence_s)
+    if probed is not None:
+        return probed_host(probed, engine, client, crowded=layout.world_size >= cluster.num_gpus)
+    host = constants.hosts[engine.host]
+    return host if engine.over_http else replace(host, request_s=0.0)

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.candidates import Candidate, Screened
 from triaxial.plan.serving.demand import Demand, Objective
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.served import Served
+from triaxial.plan.serving.search.candidates import Candidate, Screened
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.served import Served
 from triaxial.plan.serving.traffic import at_once
 
 

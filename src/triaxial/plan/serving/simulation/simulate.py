@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from triaxial import BadInput
-from triaxial.plan.serving.clock import Clock, CostOfStep
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.replica import Replica
-from triaxial.plan.serving.served import Life, Served, Step
+from triaxial.plan.serving.simulation.clock import Clock, CostOfStep
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.replica import Replica
+from triaxial.plan.serving.simulation.served import Life, Served, Step
 from triaxial.plan.serving.traffic import Traffic
 
 

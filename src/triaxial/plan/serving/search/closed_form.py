@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.step import StepCost
+from triaxial.plan.serving.cost.step import StepCost
+from triaxial.plan.serving.simulation.limits import Limits
 
 Floats = NDArray[np.float64]
 

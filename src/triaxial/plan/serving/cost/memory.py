@@ -8,9 +8,9 @@ from itertools import pairwise
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.layout import Layout
-from triaxial.plan.serving.attention import kv_bytes
+from triaxial.plan.serving.cost.attention import kv_bytes
+from triaxial.plan.serving.cost.stage import layer_bounds
 from triaxial.plan.serving.engine import VLLM, Engine
-from triaxial.plan.serving.stage import layer_bounds
 from triaxial.plan.serving.workload import STORED_BYTES, Serving
 from triaxial.plan.training.memory import FRAMEWORK_RESERVE_BYTES, layer_weights, outside_mlp_weights, routed_weights
 

@@ -14,11 +14,11 @@ from triaxial.cluster.hardware import NETWORK_LINKS
 from triaxial.cluster.spec import Cluster
 from triaxial.plan.search.turn import REACH, turning_point
 from triaxial.plan.search.what_if import Resource, has_network, scaled
-from triaxial.plan.serving.candidates import Candidate, screen
+from triaxial.plan.serving.cost.step import step_cost
 from triaxial.plan.serving.demand import Demand, Objective
-from triaxial.plan.serving.option import OF_CLOSED_FORM, Option
-from triaxial.plan.serving.search import Found
-from triaxial.plan.serving.step import step_cost
+from triaxial.plan.serving.search.candidates import Candidate, screen
+from triaxial.plan.serving.search.option import OF_CLOSED_FORM, Option
+from triaxial.plan.serving.search.search import Found
 
 PRECISION = 1.05
 """Bisection stops when the flip is known to within this factor."""

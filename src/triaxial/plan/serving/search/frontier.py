@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triaxial.plan.serving.candidates import MAX_BATCHES, Screened
 from triaxial.plan.serving.demand import Demand
+from triaxial.plan.serving.search.candidates import MAX_BATCHES, Screened
 
 Floats = NDArray[np.float64]
 

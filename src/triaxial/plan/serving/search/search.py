@@ -16,11 +16,11 @@ from triaxial import BadInput, NoAnswer
 from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.search.what_if import with_gpus
-from triaxial.plan.serving.candidates import CHUNK_TOKENS, Candidate, Screened, candidates, screen, screen_at
-from triaxial.plan.serving.closed_form import alone
 from triaxial.plan.serving.demand import Demand, Objective
 from triaxial.plan.serving.engine import VLLM, Engine
-from triaxial.plan.serving.option import Option, operate
+from triaxial.plan.serving.search.candidates import CHUNK_TOKENS, Candidate, Screened, candidates, screen, screen_at
+from triaxial.plan.serving.search.closed_form import alone
+from triaxial.plan.serving.search.option import Option, operate
 from triaxial.plan.serving.workload import Serving
 
 Progress = Callable[[int, int], None]

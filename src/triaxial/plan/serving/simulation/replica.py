@@ -10,11 +10,11 @@ import bisect
 import math
 from collections import deque
 
-from triaxial.plan.serving.clock import Clock
-from triaxial.plan.serving.flight import Flight, Stages
-from triaxial.plan.serving.group import Group
-from triaxial.plan.serving.limits import Limits
-from triaxial.plan.serving.served import Life, Step, Totals
+from triaxial.plan.serving.simulation.clock import Clock
+from triaxial.plan.serving.simulation.flight import Flight, Stages
+from triaxial.plan.serving.simulation.group import Group
+from triaxial.plan.serving.simulation.limits import Limits
+from triaxial.plan.serving.simulation.served import Life, Step, Totals
 
 
 class Replica:
@@ -161,7 +161,7 @@ class Replica:
         """Returns: there was something to send."""
         group = self._decoding()
         decoding = tuple(group.members) if self._trace is not None else ()
-        flight = Flight(group, decoding, group.context)
+        flight = Flight(group, decoding, group.context_to_read(self._clock.cost.uneven))
         if self._partial is not None or self._waiting:
             self._add_prompts(flight, now)
         if not len(group) and not flight.prompts:

@@ -13,17 +13,17 @@ from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.collectives import collective_seconds, group_of
 from triaxial.plan.layout import Layout
 from triaxial.plan.pipeline.stages import stage_cut
-from triaxial.plan.serving.attention import AttentionCost, attention_cost
 from triaxial.plan.serving.constants import ServingConstants
-from triaxial.plan.serving.engine import OURS, Engine
-from triaxial.plan.serving.operators import (
+from triaxial.plan.serving.cost.attention import AttentionCost, attention_cost
+from triaxial.plan.serving.cost.operators import (
     embedding_operators,
     head_operators,
     layer_operators,
     with_fused_all_reduces,
 )
-from triaxial.plan.serving.pricing import GRID, TERMS, Pricer, Terms, no_terms
-from triaxial.plan.serving.probed import probed_engine
+from triaxial.plan.serving.cost.pricing import GRID, TERMS, Pricer, Terms, no_terms
+from triaxial.plan.serving.cost.probed import probed_engine
+from triaxial.plan.serving.engine import OURS, Engine
 from triaxial.plan.serving.workload import STORED_BYTES, Serving
 
 Floats = NDArray[np.float64]
@@ -53,7 +53,7 @@ class Stage:
             np.interp(tokens + sequences, GRID, self.body_seconds)
             + np.interp(sequences + ending, GRID, self.head_seconds)
             + self.attention.prefill_seconds(tokens, pairs)
-            + self.attention.decode_seconds(sequences, context)
+            + self.attention.decode_seconds(sequences, context, tokens)
             + self._reread_seconds(sequences)
         )
         return busy if self.issue_s == 0 else np.maximum(busy, self.issue_s)
@@ -67,7 +67,7 @@ class Stage:
             for term, values in table.seconds.items():
                 found[term] = found[term] + np.interp(at, GRID, values)
         found["compute"] = found["compute"] + self.attention.prefill_seconds(tokens, pairs)
-        found["kv"] = found["kv"] + self.attention.decode_seconds(sequences, context)
+        found["kv"] = found["kv"] + self.attention.decode_seconds(sequences, context, tokens)
         found["weights"] = found["weights"] + self._reread_seconds(sequences)
         found["launches"] = found["launches"] + np.maximum(0.0, self.issue_s - sum(found.values()))
         return found
@@ -128,7 +128,7 @@ def layer_bounds(model: ModelSpec, layout: Layout, engine: Engine) -> list[int]:
     """First layer of every stage, and the end: as the layout says, by what blocks cost in our engine, and elsewhere as
     evenly as can be."""
     cut = layout.cut
-    if not cut and engine == OURS:
+    if not cut and engine.host == OURS.host:
         cut = stage_cut(model, 1, tuple(range(layout.pp)))
     if not cut:
         return [round(model.num_layers * rank / layout.pp) for rank in range(layout.pp + 1)]

@@ -12,7 +12,7 @@ from triaxial.model.spec import ModelSpec
 from triaxial.plan.cost.blocks import kv_heads_per_rank
 from triaxial.plan.cost.compute import attention_seconds
 from triaxial.plan.cost.constants import COMPUTE
-from triaxial.plan.serving.pricing import Pricer
+from triaxial.plan.serving.cost.pricing import Pricer
 from triaxial.plan.serving.workload import KVPrecision
 
 Number = float | NDArray[np.float64]
@@ -29,6 +29,8 @@ class AttentionCost:
     """Seconds of one query with one key in one layer, all heads of the rank."""
     token_s: float
     """Seconds to read one token's keys and values in one layer."""
+    mixed_token_s: float
+    """The same in a step that prompts are in too."""
 
     def prefill_seconds(self, tokens: Number, pairs: Number) -> Number:
         """Prompts of `tokens` in all, whose queries see `pairs` keys in all."""
@@ -37,12 +39,14 @@ class AttentionCost:
             seen = seen + self.windowed_layers * np.minimum(pairs, tokens * float(self.window))
         return seen * self.pair_s
 
-    def decode_seconds(self, sequences: Number, context: Number) -> Number:
-        """One query of each of `sequences`, which hold `context` tokens in all."""
+    def decode_seconds(self, sequences: Number, context: Number, prompts: Number) -> Number:
+        """One query of each of `sequences`, which hold `context` tokens in all, beside so many tokens of prompts."""
         read = self.full_layers * context
         if self.windowed_layers:
             read = read + self.windowed_layers * np.minimum(context, sequences * float(self.window))
-        return read * self.token_s
+        if self.mixed_token_s == self.token_s:
+            return read * self.token_s
+        return read * np.where(np.asarray(prompts) > 0, self.mixed_token_s, self.token_s)
 
 
 def attention_cost(model: ModelSpec, pricer: Pricer, tp: int, kv: KVPrecision, first: int, end: int) -> AttentionCost:
@@ -53,7 +57,8 @@ def attention_cost(model: ModelSpec, pricer: Pricer, tp: int, kv: KVPrecision, f
         windowed_layers=windowed,
         window=model.sliding_window or 0,
         pair_s=_pair_seconds(model, pricer, tp),
-        token_s=_token_seconds(model, pricer, tp, kv),
+        token_s=_token_seconds(model, pricer, tp, kv, mixed=False),
+        mixed_token_s=_token_seconds(model, pricer, tp, kv, mixed=True),
     )
 
 
@@ -89,7 +94,7 @@ def _probed_pair_seconds(model: ModelSpec, pricer: Pricer, tp: int, head_dim: fl
     return float(seconds) / (length * (length + 1) / 2)
 
 
-def _token_seconds(model: ModelSpec, pricer: Pricer, tp: int, kv: KVPrecision) -> float:
+def _token_seconds(model: ModelSpec, pricer: Pricer, tp: int, kv: KVPrecision, *, mixed: bool) -> float:
     """Reads from memory, or, where the kernel does not share them among query heads, from the cache."""
     per_token = kv_bytes(model, tp, kv)
     if pricer.probed is not None:
@@ -97,7 +102,8 @@ def _token_seconds(model: ModelSpec, pricer: Pricer, tp: int, kv: KVPrecision) -
     from_memory = per_token / (pricer.stream * pricer.constants.kv_gain)
     group = model.num_heads // model.num_kv_heads
     shared = pricer.engine.grouped_heads
-    if shared is None or group in shared:
+    alone = mixed and pricer.device_kind in pricer.engine.groups_apart
+    if (shared is None or group in shared) and not alone:
         return from_memory
     return max(from_memory, per_token * group / (pricer.stream * pricer.constants.cache_gain))
 

@@ -10,10 +10,10 @@ from triaxial.cluster.spec import Cluster
 from triaxial.model.spec import ModelSpec
 from triaxial.plan.serving.demand import Demand, Objective
 from triaxial.plan.serving.engine import VLLM, Engine
-from triaxial.plan.serving.explain import Why, explain
-from triaxial.plan.serving.frontier import Point, frontier
-from triaxial.plan.serving.option import Option
-from triaxial.plan.serving.search import Progress, search
+from triaxial.plan.serving.search.explain import Why, explain
+from triaxial.plan.serving.search.frontier import Point, frontier
+from triaxial.plan.serving.search.option import Option
+from triaxial.plan.serving.search.search import Progress, search
 from triaxial.plan.serving.workload import Serving
 
 

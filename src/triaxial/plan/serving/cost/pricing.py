@@ -17,9 +17,9 @@ from triaxial.plan.cost.compute import gemm_seconds, launch_seconds, sustained_f
 from triaxial.plan.cost.constants import COMPUTE, ComputeConstants
 from triaxial.plan.cost.operators import Attention, Gemm, Operator, Pass
 from triaxial.plan.cost.timed import timed_pass_seconds
-from triaxial.plan.serving.constants import ServingConstants
+from triaxial.plan.serving.constants import ServingConstants, kind_of
+from triaxial.plan.serving.cost.probed import probed_engine, product_seconds
 from triaxial.plan.serving.engine import Engine
-from triaxial.plan.serving.probed import probed_engine, product_seconds
 from triaxial.plan.serving.workload import STORED_BYTES, WeightPrecision
 
 Floats = NDArray[np.float64]
@@ -66,6 +66,11 @@ class Pricer:
     @property
     def device(self) -> Device:
         return self.cluster.device
+
+    @property
+    def device_kind(self) -> str:
+        """Its generation, or `gddr` (`ServingConstants.stream`)."""
+        return kind_of(self.device)
 
     @property
     def wide(self) -> WeightPrecision:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
-from triaxial.plan.serving.clock import Line
-from triaxial.plan.serving.group import Group
+from triaxial.plan.serving.simulation.clock import Line
+from triaxial.plan.serving.simulation.group import Group
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Flight:
     decoding: tuple[int, ...]
     """The group's members when it was sent, where steps are noted."""
     context: int
-    """Tokens that the group holds in the first step, the new ones included."""
+    """Tokens that the group reads in the first step, the new ones included (`Group.context_to_read`)."""
     prompts: list[tuple[int, int]] = field(default_factory=list)
     """(request, tokens)"""
     pairs: int = 0

@@ -1,0 +1,1 @@
+"""What a step of a replica takes, and what it holds."""

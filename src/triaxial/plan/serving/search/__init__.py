@@ -1,0 +1,1 @@
+"""The layouts that serve a demand: found, ranked, explained."""

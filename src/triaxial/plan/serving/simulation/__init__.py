@@ -1,0 +1,1 @@
+"""Requests through replicas, event by event."""
