@@ -60,6 +60,13 @@ def test_rms_norm_of_a_view(kernels: Kernels, dtype: torch.dtype) -> None:
     check(kernels.rms_norm(x, weight, 1e-5), expected)
 
 
+def test_add(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, y = draw(3, 37, dtype=dtype), draw(3, 37, dtype=dtype)
+    expected = x.double() + y.double()
+    assert kernels.add(x, y) is y
+    check(y, expected)
+
+
 @pytest.mark.parametrize("width", [1, 19, 1408])
 def test_gate(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     x = draw(6, 2 * width, dtype=dtype, scale=20)  # far into both tails of the exponential

@@ -20,6 +20,12 @@ void rms_norm(T* y, const T* x, const T* weight, int64_t rows, int64_t width, fl
     }
 }
 
+// x, added to y.
+template <class T>
+void add(T* y, const T* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) narrow(widen(x[i]) + widen(y[i]), y + i);
+}
+
 // silu(gate) * up of rows x that hold gate and up side by side [rows, 2 * width].
 template <class T>
 void gate(T* y, const T* x, int64_t rows, int64_t width) {
@@ -59,6 +65,7 @@ void store(T* cache, const T* x, const int64_t* places, int64_t rows, int64_t he
     void rms_norm_##SUFFIX(T* y, const T* x, const T* weight, int64_t rows, int64_t width, float eps) {           \
         rms_norm(y, x, weight, rows, width, eps);                                                                 \
     }                                                                                                             \
+    void add_##SUFFIX(T* y, const T* x, int64_t count) { add(y, x, count); }                                      \
     void gate_##SUFFIX(T* y, const T* x, int64_t rows, int64_t width) { gate(y, x, rows, width); }                \
     void rotate_##SUFFIX(T* y, const T* x, const T* cos, const T* sin, int64_t rows, int64_t heads, int64_t half, \
                          int64_t stride) {                                                                        \

@@ -17,6 +17,7 @@ HEAD_DIMS = (32, 64, 96, 128, 256)
 
 _SIGNATURES = {
     "rms_norm": (POINTER, POINTER, POINTER, NUMBER, NUMBER, ctypes.c_float),
+    "add": (POINTER, POINTER, NUMBER),
     "gate": (POINTER, POINTER, NUMBER, NUMBER),
     "rotate": (POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, NUMBER),
     "store": (POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER),
@@ -74,6 +75,11 @@ class Kernels:
         x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         width = x.shape[-1]
         self._functions["rms_norm"](y.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps)
+        return y
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, in y's place."""
+        self._functions["add"](y.data_ptr(), x.data_ptr(), y.numel())
         return y
 
     def gate(self, x: Tensor) -> Tensor:

@@ -39,31 +39,23 @@ AMX void few_rows(bf16* y, const bf16* x, const bf16* weights, int64_t rows, int
     _tile_release();
 }
 
-// Rows in the order of tiles, with rows of zeros up to a pair of them.
-AMX void pack_rows(bf16* to, const bf16* x, int64_t rows, int64_t inputs) {
-    for (int64_t m = 0; m < (rows + 2 * SIDE - 1) / (2 * SIDE) * (2 * SIDE); m += SIDE)
-        for (int64_t k = 0; k < inputs; k += DEPTH)
-            for (int64_t row = m; row < m + SIDE; ++row, to += DEPTH)
-                if (row < rows)
-                    std::memcpy(to, x + row * inputs + k, DEPTH * sizeof(bf16));
-                else
-                    std::memset(to, 0, DEPTH * sizeof(bf16));
-}
-
 // Any number of rows, of which those of a call fit the second cache: two tiles of them by two of outputs at a time, one
 // panel of weights after the other, with the sums in memory in between. Meanwhile the next panel is asked for.
 AMX void many_rows(bf16* y, const bf16* x, const bf16* weights, int64_t rows, int64_t outputs, int64_t inputs) {
     static thread_local std::vector<Line> row_lines, sum_lines;
     const int64_t pairs = (rows + 2 * SIDE - 1) / (2 * SIDE), depth = inputs / DEPTH;
     const int64_t lines = (TILE_LINES + pairs - 1) / pairs;  // of each of the two streams, a step
-    bf16* packed = room<bf16>(row_lines, pairs * 2 * SIDE * inputs);
+    const int64_t tail = rows % (2 * SIDE);
+    bf16* last = room<bf16>(row_lines, 2 * SIDE * inputs);  // rows that do not fill a pair of tiles, and zeros
     float* sums = room<float>(sum_lines, pairs * 4 * SQUARE);
-    pack_rows(packed, x, rows, inputs);
+    std::memset(last, 0, 2 * SIDE * inputs * sizeof(bf16));
+    std::memcpy(last, x + (rows - tail) * inputs, tail * inputs * sizeof(bf16));
     configure({SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE});
     for (int64_t n = 0; n < outputs; n += 2 * SIDE)
         for (int64_t panel = 0; panel < depth; panel += PANEL)
             for (int64_t pair = 0, asked = 0; pair < pairs; ++pair) {
-                const bf16 *a = packed + pair * 2 * depth * TILE, *b = a + depth * TILE;
+                const bf16* a = 2 * SIDE * (pair + 1) <= rows ? x + pair * 2 * SIDE * inputs : last;
+                const bf16* b = a + SIDE * inputs;
                 const bf16 *left = weights + n / SIDE * depth * TILE, *right = left + depth * TILE;
                 const int64_t stop = std::min(panel + PANEL, depth);
                 float* c = sums + pair * 4 * SQUARE;
@@ -84,12 +76,12 @@ AMX void many_rows(bf16* y, const bf16* x, const bf16* weights, int64_t rows, in
                         ask<_MM_HINT_T1>(right + (panel + PANEL) * TILE, asked, lines);
                         asked += lines;
                     }
-                    _tile_loadd(4, a + k * TILE, 64);
+                    _tile_loadd(4, a + k * DEPTH, inputs * 2);
                     _tile_loadd(6, left + k * TILE, 64);
                     _tile_dpbf16ps(0, 4, 6);
                     _tile_loadd(7, right + k * TILE, 64);
                     _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, b + k * TILE, 64);
+                    _tile_loadd(5, b + k * DEPTH, inputs * 2);
                     _tile_dpbf16ps(2, 5, 6);
                     _tile_dpbf16ps(3, 5, 7);
                 }

@@ -23,14 +23,17 @@ void pack_keys(bf16* to, const bf16* keys, int64_t tokens, int64_t padded, int64
 
 // Values [tokens, dim] as tiles [tokens / 32, dim / 16] of 16 pairs of tokens by 16 dimensions.
 void pack_values(bf16* to, const bf16* values, int64_t tokens, int64_t padded, int64_t dim, int64_t stride) {
-    constexpr bf16 zero = {0};
+    constexpr bf16 none[SIDE] = {};
     for (int64_t start = 0; start < padded; start += DEPTH)
         for (int64_t d = 0; d < dim; d += SIDE)
-            for (int64_t token = start; token < start + DEPTH; token += 2)
-                for (int64_t i = d; i < d + SIDE; ++i, to += 2) {
-                    to[0] = token < tokens ? values[token * stride + i] : zero;
-                    to[1] = token + 1 < tokens ? values[(token + 1) * stride + i] : zero;
+            for (int64_t token = start; token < start + DEPTH; token += 2, to += DEPTH) {
+                const bf16* even = token < tokens ? values + token * stride + d : none;
+                const bf16* odd = token + 1 < tokens ? values + (token + 1) * stride + d : none;
+                for (int64_t i = 0; i < SIDE; ++i) {
+                    to[2 * i] = even[i];
+                    to[2 * i + 1] = odd[i];
                 }
+            }
 }
 
 // The softmax of scores [16, seen], of which row i sees the `window` keys up to `first` + i, as shares

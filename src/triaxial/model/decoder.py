@@ -27,6 +27,7 @@ class Operations(Protocol):
 
     def norm_column(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor: ...
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor: ...
+    def add(self, x: Tensor, y: Tensor) -> Tensor: ...
     def head_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
     def embed(self, ids: Tensor, weight: Tensor, first_row: int) -> Tensor: ...
     def cross_entropy(self, logits: Tensor, labels: Tensor, first_row: int, vocab: int) -> Tensor: ...
@@ -64,9 +65,9 @@ class Layer:
         qkv = ops.norm_column(x, p["attention_norm"], eps, p["qkv"], p.get("qkv_bias"))
         q, k, v = self._heads(qkv, rotation)
         attended = attend(q, k, v).flatten(0, 1).flatten(1)  # [tokens, heads * dim]
-        x = x + ops.row(attended, p["out"], p.get("out_bias"))
+        x = ops.add(x, ops.row(attended, p["out"], p.get("out_bias")))
         gate_up = ops.norm_column(x, p["mlp_norm"], eps, p["gate_up"], p.get("gate_up_bias"))
-        return x + ops.row(gate_up, p["down"], p.get("down_bias"), gated=True)
+        return ops.add(x, ops.row(gate_up, p["down"], p.get("down_bias"), gated=True))
 
     def _heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Split the fused projection [tokens, (heads + 2 kv) * dim] and rotate q and k."""

@@ -84,7 +84,8 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """
     if like.device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    # private, because shared memory has large pages only where an administrator says so
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)

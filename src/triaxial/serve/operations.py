@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class Inference(TensorParallel):
     def __init__(self, axis: Axis, kernels: Kernels | None) -> None:
         super().__init__(axis)
         self._rms_norm, self._gate = (kernels.rms_norm, kernels.gate) if kernels else (rms_norm, gate)
+        self._add: Callable[[Tensor, Tensor], Tensor] = kernels.add if kernels else torch.add
 
     def norm_column(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(self._rms_norm(x, norm, eps), weight, bias)
@@ -30,6 +32,9 @@ class Inference(TensorParallel):
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
         y = self.axis.all_reduce(linear(self._gate(x) if gated else x, weight, None))
         return y if bias is None else y.add_(bias)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._add(x, y)
 
     def head_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._rms_norm(x, weight, eps)
