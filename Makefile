@@ -1,4 +1,4 @@
-# Everything a fresh machine needs is made on demand: Python 3.11+, make and a C compiler are enough.
+# Everything a fresh machine needs is made on demand: Python 3.11+, make and a C++ compiler are enough.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
