@@ -107,7 +107,7 @@ def table(results: dict[str, Measured]) -> Table:
     for name, found in results.items():
         speeds = [found["tokens_per_s"][str(batch)] for batch in BATCHES]
         compared = [found["tokens_per_s"][str(batch)] / one_core for batch in ratios.values()]
-        made.add_row(name, f"{found['ttft_s']:.2f}", *(f"{v:.1f}" for v in speeds), *(f"{v:.2f}" for v in compared))
+        made.add_row(name, f"{found['ttft_s']:.3f}", *(f"{v:.1f}" for v in speeds), *(f"{v:.2f}" for v in compared))
     return made
 
 
