@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -28,24 +27,30 @@ _CLOSE_ENOUGH = 1.25
 
 
 def flips(records: Records, job: Job, found: Sequence[AtRate]) -> Iterator[Flip]:
-    """Every change of the best layout between two neighbouring rates that is no tie, slower first."""
-    for slow, fast in pairwise(found):
-        low, high = bytes_per_s(slow.rate), bytes_per_s(fast.rate)
-        if low is None or high is None or slow.best in fast.winners:
+    """Every change of the best layout between two rates, slower first: one stays the best for as long as it ties."""
+    below, slow = found[0].best, found[0].rate
+    for fast in found[1:]:
+        above, low, high = fast.best, bytes_per_s(slow), bytes_per_s(fast.rate)
+        slow = fast.rate
+        if below in fast.winners:
             continue
-        below, above = slow.best, fast.best
-        predicted = _predicted_flip(records, job, fast.cluster, below, above, high)
-        while high / low > _CLOSE_ENOUGH:
-            middle = math.sqrt(low * high)
-            rate = f"{middle * 8e-6:.0f}mbit"
-            first, second = (
-                AtRate(rate, fast.cluster, {}, {name: records.measured(job, rate, job.layouts[name], 0.0)}).measured[
-                    name
-                ]
-                for name in (below, above)
-            )
-            low, high = (middle, high) if first < second else (low, middle)
-        yield Flip(below, above, math.sqrt(low * high), predicted)
+        if low is not None and high is not None:
+            predicted = _predicted_flip(records, job, fast.cluster, below, above, high)
+            yield Flip(below, above, _measured_flip(records, job, fast.cluster, below, above, low, high), predicted)
+        below = above
+
+
+def _measured_flip(
+    records: Records, job: Job, cluster: Cluster, below: str, above: str, low: float, high: float
+) -> float:
+    """Rate at which one layout overtakes another between these two, by bisection."""
+    while high / low > _CLOSE_ENOUGH:
+        middle = math.sqrt(low * high)
+        rate = f"{middle * 8e-6:.0f}mbit"
+        found = {name: records.measured(job, rate, job.layouts[name], 0.0) for name in (below, above)}
+        measured = AtRate(rate, cluster, {}, found).measured
+        low, high = (middle, high) if measured[below] < measured[above] else (low, middle)
+    return math.sqrt(low * high)
 
 
 def _predicted_flip(records: Records, job: Job, cluster: Cluster, below: str, above: str, now: float) -> float | None:

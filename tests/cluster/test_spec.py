@@ -147,6 +147,12 @@ class TestToml:
         assert cluster.tiers[0].latency_s == 1.1e-6
         assert [tier.oversubscription for tier in cluster.tiers] == [1, 1, 4]
 
+    def test_a_file_of_an_older_probe_is_to_be_measured_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "cluster.toml"
+        path.write_text(to_toml(load_cluster("1xL4")).replace("[device]", "[device]\ntimings = {pass_launch_s = 1e-6}"))
+        with pytest.raises(BadInput, match=r"device\.timings\..*; `triaxial probe` measures it again$"):
+            load_cluster(path)
+
     @pytest.mark.parametrize(
         ("text", "complaint"),
         [

@@ -211,7 +211,9 @@ def _validated(raw: dict[str, Any], where: str) -> Cluster:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{where}: {field}{': ' if field else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        again = "; `triaxial probe` measures it again" if "timings" in first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise BadInput(f"{where}: {field}{': ' if field else ''}{message}{again}") from None
 
 
 def to_toml(cluster: Cluster) -> str:

@@ -19,14 +19,12 @@ def exchange_between(boards: Sequence[int], index: int) -> Exchange | None:
 class Exchange:
     """Ranks of one host that tell each other of messages in shared memory (`exchange.cpp`).
 
-    Every rank has a board of `BOARD_BYTES`, zeros at first, that all of them map.
+    Every rank has a board of 128 bytes, zeros at first, that all of them map.
     """
-
-    BOARD_BYTES = 128
 
     def __init__(self, library: ctypes.CDLL, boards: Sequence[int], index: int) -> None:
         """Addresses of all ranks' boards, and which is this rank's."""
-        self._library, self._size, self._index = library, len(boards), index
+        self._size, self._index = len(boards), index
         self._boards = addresses(boards)
         self._post = declared(library.post, POINTER, NUMBER, NUMBER, NUMBER, POINTER, POINTER, NUMBER)
         self._await = declared(library.await_all, POINTER, NUMBER, NUMBER, NUMBER, NUMBER)

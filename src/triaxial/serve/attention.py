@@ -111,13 +111,14 @@ class _Decoded:
 
     rows: slice
     blocks: Tensor
-    first: Tensor
-    """Of the keys that each sees in windowed layers."""
-    none: Tensor
+    beginning: Tensor
+    """Of each sequence: zeros."""
+    windowed: Tensor
+    """The first key that each sees within the sliding window."""
     stop: Tensor
 
     def attend(self, cache: PagedCache, place: int, windowed: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cache.decode(place, q, self.blocks, self.first if windowed else self.none, self.stop)
+        return cache.decode(place, q, self.blocks, self.windowed if windowed else self.beginning, self.stop)
 
 
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels | None) -> Tensor:
@@ -179,8 +180,8 @@ class StepAttention:
         tables, rows = step.tables[:n, :width], slice(0, n)
         if self._cache.can_decode:
             stop = last + 1 - base
-            first = np.maximum(stop - (self._spec.sliding_window or np.inf), 0)
-            return _Decoded(rows, *(self._tensor(x) for x in (tables, first, np.zeros_like(stop), stop)))
+            windowed = np.maximum(stop - (self._spec.sliding_window or np.inf), 0)
+            return _Decoded(rows, *(self._tensor(x) for x in (tables, np.zeros_like(stop), windowed, stop)))
         low, high = int(slots.min()), int(slots.max()) + 1
         in_order = slots[:, None] * home + np.arange(width)
         at_home = (
